@@ -37,7 +37,7 @@ class Draws:
 
     @staticmethod
     def of(seed: int, epoch: Tensor | int, index: Tensor, view: int = 0) -> Draws:
-        """The draws of samples `index` (B,) int64 in `epoch` (scalar or (B,), how often each was seen before) for one view."""
+        """The draws of samples `index` (B,) int64 for one view; `epoch`, scalar or (B,), counts how often each was seen."""
         key = torch.as_tensor(index, dtype=torch.int64)
         for part in (seed, epoch, view):
             key = mix(key * _GOLDEN + torch.as_tensor(part, dtype=torch.int64, device=key.device) + 1)
@@ -64,7 +64,7 @@ class Draws:
         return mix(self.key[:, None] + position)
 
     def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """(B, count) float32, uniform in [low, high), on a grid of 2^-24."""
+        """(B, count) float32, uniform in [low, high) on a grid of 2^-24; other limits than these may round to high."""
         unit = _shift_right(self.bits(count), 40).to(torch.float32) * 2.0**-24
         return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
 

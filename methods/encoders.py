@@ -1,0 +1,191 @@
+"""Trunks: images to features. Each names its taps, the places where per-layer probes read."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import timm
+import torch
+from einops import reduce
+from timm.layers import DropPath
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnet import ResNet as TimmResNet
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # any fixed affine map serves a trunk from scratch; pretrained ones need this
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Base of every encoder's configuration."""
+
+
+class Encoder(nn.Module, ABC):
+    """A trunk. It normalises its images itself, with constants that travel in its state, so no reader can forget to.
+
+    `dim` is the length of the pooled feature, `taps` the names `maps` returns, in order of depth.
+    """
+
+    Config: ClassVar[type[EncoderConfig]]
+    dim: int
+    taps: tuple[str, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+
+    @abstractmethod
+    def trunk(self, images: Tensor) -> dict[str, Tensor]:
+        """Every tap's map (B, C, H, W) of normalised images (B, 3, H, W); the last is pooled to the feature."""
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Every tap by name, of images (B, 3, H, W) in [0, 1]: maps (B, C, H, W), and "gap", the feature (B, dim)."""
+        taps = self.trunk((images - self.mean) / self.std)
+        return {**taps, "gap": reduce(next(reversed(taps.values())), "b c h w -> b c", "mean")}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The feature (B, dim) of images (B, 3, H, W) in [0, 1]."""
+        return self.maps(images)["gap"]
+
+
+def survival(blocks: int, last: float) -> tuple[float, ...]:
+    """Survival of residual blocks 1 .. L: p_l = 1 - (l / L)(1 - p_L), Huang et al. 2016, arXiv:1603.09382, eq. 4.
+
+    survival(4, 0.8) is (0.95, 0.90, 0.85, 0.80).
+    """
+    return tuple(1 - block / blocks * (1 - last) for block in range(1, blocks + 1))
+
+
+def set_drop_path(encoder: nn.Module, rate: float) -> None:
+    """Stochastic depth, per sample, with linear decay to `rate` at the last block; blocks without an identity skip stay.
+
+    Raises:
+        ValueError: rate > 0 and the encoder has no residual block that could be skipped.
+    """
+    blocks = [module for module in encoder.modules() if hasattr(module, "drop_path")]
+    if rate > 0 and not blocks:
+        raise ValueError(
+            f"drop_path = {rate}: {type(encoder).__name__} has no residual blocks; use ResNet or Timm, or drop_path: 0"
+        )
+    for block, keep in zip(blocks, survival(len(blocks), 1 - rate) if blocks else (), strict=True):
+        skips = getattr(block, "downsample", None) is None
+        block.drop_path = DropPath(1 - keep) if rate > 0 and skips else nn.Identity()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCNNConfig(EncoderConfig):
+    width: float = 1.0  # multiplies the channels; 388,896 parameters at 1.0
+    norm: Literal["batch", "group"] = "batch"  # group (8 groups) where a worker's batch is under 16
+
+    def __post_init__(self) -> None:
+        if not 0.25 <= self.width <= 8 or (self.width * 32) % 8:
+            raise ValueError(f"width = {self.width}: must be a multiple of 0.25 in [0.25, 8]")
+
+
+class SmallCNN(Encoder):
+    """Four conv blocks, channels 32-64-128-256, strides 1, 2, 2, 2: the reference small backbone for 32-pixel images."""
+
+    Config = SmallCNNConfig
+
+    def __init__(self, config: SmallCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = [3, *(round(c * config.width) for c in (32, 64, 128, 256))]
+        self.taps = ("c1", "c2", "c3", "c4", "gap")
+        self.dim = channels[-1]
+        self.blocks = nn.ModuleDict()
+        for name, before, after, stride in zip(self.taps, channels, channels[1:], (1, 2, 2, 2), strict=False):
+            norm = nn.BatchNorm2d(after) if config.norm == "batch" else nn.GroupNorm(8, after)
+            conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            self.blocks[name] = nn.Sequential(conv, norm, nn.ReLU(inplace=True))
+
+    def trunk(self, images: Tensor) -> dict[str, Tensor]:
+        taps: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            images = taps[name] = block(images)
+        return taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(EncoderConfig):
+    depth: Literal[10, 18, 34, 50] = 18  # 10 is one basic block a stage, for small runs
+    width: float = 1.0  # multiplies the channels
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # cifar: 3x3 stride 1, no max-pool (SimCLR, appendix B.9)
+
+    def __post_init__(self) -> None:
+        if not 0.125 <= self.width <= 8 or (self.width * 64) % 8:
+            raise ValueError(f"width = {self.width}: must be a multiple of 0.125 in [0.125, 8]")
+
+
+class ResNet(Encoder):
+    """ResNet, He et al. 2015, arXiv:1512.03385, in timm's form, with a stem for small images."""
+
+    Config = ResNetConfig
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}[config.depth]
+        block = Bottleneck if config.depth == 50 else BasicBlock
+        channels = tuple(round(c * config.width) for c in (64, 128, 256, 512))
+        # timm widens what follows the stem only for its deep stem, so that is asked for and replaced by the plain one
+        self.net = TimmResNet(
+            block, layers, num_classes=0, channels=channels, stem_type="deep", stem_width=channels[0] // 2
+        )
+        small = config.stem == "cifar"
+        kernel, stride = (3, 1) if small else (7, 2)
+        self.net.conv1 = nn.Conv2d(3, channels[0], kernel, stride=stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        if small:
+            self.net.maxpool = nn.Identity()
+        self.dim = self.net.num_features
+        self.taps = ("stem", "layer1", "layer2", "layer3", "layer4", "gap")
+
+    def trunk(self, images: Tensor) -> dict[str, Tensor]:
+        net = self.net
+        taps = {"stem": net.act1(net.bn1(net.conv1(images)))}
+        hidden = net.maxpool(taps["stem"])
+        for name in self.taps[1:-1]:
+            hidden = taps[name] = getattr(net, name)(hidden)
+        return taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(EncoderConfig):
+    name: str  # any convolutional timm model with feature taps, such as efficientnet_b0
+    pretrained: bool = False  # the published weights, from the hub or its local cache
+
+    def __post_init__(self) -> None:
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models(), n=3)
+            raise ValueError(f"name = {self.name}: timm has no such model{'; near: ' + ', '.join(near) if near else ''}")
+
+
+class Timm(Encoder):
+    """Any timm trunk by name."""
+
+    Config = TimmConfig
+
+    def __init__(self, config: TimmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.net = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, global_pool="")
+        if not hasattr(self.net, "forward_intermediates"):
+            raise ValueError(f"name = {config.name}: this timm model does not expose its intermediate maps")
+        self.dim = self.net.num_features
+        self.taps = (*(info["module"] for info in self.net.feature_info), "last", "gap")
+
+    def trunk(self, images: Tensor) -> dict[str, Tensor]:
+        last, maps = self.net.forward_intermediates(images)
+        return dict(zip(self.taps, (*maps, last), strict=False))
+
+
+def is_depthwise(encoder: nn.Module) -> bool:
+    """Whether any convolution has as many groups as channels: those train slower in bf16 than in float32 on a CPU."""
+    convs = (module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    return any(conv.groups > 1 and conv.groups == conv.in_channels for conv in convs)

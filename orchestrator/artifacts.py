@@ -1,0 +1,169 @@
+"""What stages hand to each other: folders of plain files (safetensors, Parquet, JSON), opened lazily, never edited."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+from torch import Tensor
+
+from methods.base import Method
+from orchestrator.component import Component
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people: indented, in the given order, non-ASCII letters as they are."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An answer in a folder. `facts` are small plain values, equal for equal answers; `key` is set once it is stored."""
+
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+
+    kind: ClassVar[str] = "Artifact"
+
+
+@dataclass(frozen=True)
+class Checkpoint(Artifact):
+    """A trained method: `model.safetensors`, `model.json` (what to build), `curves.parquet` (step, name, value)."""
+
+    kind: ClassVar[str] = "Checkpoint"
+    SCHEMA: ClassVar[pa.Schema] = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
+
+    @staticmethod
+    def write(
+        folder: Path, *, state: dict[str, Tensor], encoder: Component, method: Component, classes: tuple[str, ...],
+        pixels: int, precision: str, curves: list[tuple[int, str, float]], facts: dict[str, Any],
+    ) -> Checkpoint:  # fmt: skip
+        """Write a method's whole state and how to build it again."""
+        safetensors.torch.save_file({name: value.contiguous().cpu() for name, value in state.items()},
+                                    folder / "model.safetensors")  # fmt: skip
+        model = {"encoder": encoder.to_json(), "method": method.to_json(), "classes": list(classes), "pixels": pixels,
+                 "precision": precision}  # fmt: skip
+        write_json(folder / "model.json", model)
+        columns = list(zip(*curves, strict=True)) if curves else [[], [], []]
+        pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, Checkpoint.SCHEMA, strict=True)],
+                                schema=Checkpoint.SCHEMA), folder / "curves.parquet")  # fmt: skip
+        return Checkpoint(folder, facts)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """encoder, method, classes, pixels, precision."""
+        return json.loads((self.folder / "model.json").read_text(encoding="utf-8"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the logits; empty without labels."""
+        return tuple(self.model["classes"])
+
+    def state(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return safetensors.torch.load_file(self.folder / "model.safetensors")
+
+    def build(self) -> Method:
+        """The method with its weights, in eval mode, frozen."""
+        model = self.model
+        encoder = Component.from_json(model["encoder"])
+        method = Component.from_json(model["method"])
+        built = method.cls(encoder.cls(encoder.config), method.config, classes=len(model["classes"]))
+        built.load_state_dict(self.state())
+        return built.eval().requires_grad_(False)
+
+    def curves(self) -> pa.Table:
+        """step, name, value: what training logged."""
+        return pq.read_table(self.folder / "curves.parquet")
+
+
+@dataclass(frozen=True)
+class Labels(Artifact):
+    """One round of the ledger, a row per unlabelled image in the order of its split."""
+
+    kind: ClassVar[str] = "Labels"
+    SCHEMA: ClassVar[pa.Schema] = pa.schema([
+        ("id", pa.string()), ("path", pa.string()), ("round", pa.int32()), ("teacher", pa.string()),
+        ("class", pa.int32()), ("name", pa.string()), ("confidence", pa.float32()), ("margin", pa.float32()),
+        ("entropy", pa.float32()), ("probabilities", pa.list_(pa.float32())), ("copies", pa.int32()),
+        ("reason", pa.string()), ("changed", pa.bool_()),
+    ])  # fmt: skip
+
+    @staticmethod
+    def write(folder: Path, columns: dict[str, Any], facts: dict[str, Any]) -> Labels:
+        """Write the ledger's rows; `columns` by the names of SCHEMA."""
+        pq.write_table(pa.table(columns, schema=Labels.SCHEMA), folder / "labels.parquet", compression="zstd")
+        return Labels(folder, facts)
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """The rows, with the columns of SCHEMA."""
+        return pq.read_table(self.folder / "labels.parquet", columns=columns)
+
+    def probabilities(self) -> np.ndarray:
+        """The teacher's distributions (N, K) float32."""
+        column = self.table(["probabilities"])["probabilities"].combine_chunks()
+        return column.values.to_numpy().reshape(len(column), -1)
+
+
+@dataclass(frozen=True)
+class Scores(Artifact):
+    """The answers of a probe: `scores.json`, a list of {protocol, metric, value, low, high, n}."""
+
+    kind: ClassVar[str] = "Scores"
+
+    @staticmethod
+    def write(folder: Path, scores: list[dict[str, Any]]) -> Scores:
+        """Write the records; the facts name each value by "protocol_metric"."""
+        write_json(folder / "scores.json", scores)
+        return Scores(folder, {f"{s['protocol']}_{s['metric']}": s["value"] for s in scores})
+
+    def scores(self) -> list[dict[str, Any]]:
+        """The records, as written."""
+        return json.loads((self.folder / "scores.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Decision(Artifact):
+    """A gate's choice: facts {action: promoted | kept | stopped, promoted: key of the checkpoint to go on with,
+    reason, teacher, student: {key, accuracy, low, high, n}}. Whoever needs a Checkpoint may read a Decision."""
+
+    kind: ClassVar[str] = "Decision"
+
+    @staticmethod
+    def write(folder: Path, facts: dict[str, Any]) -> Decision:
+        """Write the decision, for people and for the next round."""
+        write_json(folder / "decision.json", facts)
+        return Decision(folder, facts)
+
+
+@dataclass(frozen=True)
+class Verdict(Artifact):
+    """Whether unlabelled images helped: `verdict.json`, and `predictions.parquet` (arm, row, id, path, label,
+    predicted, confidence, probabilities) of every arm on the test images."""
+
+    kind: ClassVar[str] = "Verdict"
+    SCHEMA: ClassVar[pa.Schema] = pa.schema([
+        ("arm", pa.string()), ("id", pa.string()), ("path", pa.string()), ("label", pa.int32()),
+        ("predicted", pa.int32()), ("confidence", pa.float32()), ("probabilities", pa.list_(pa.float32())),
+    ])  # fmt: skip
+
+    @staticmethod
+    def write(folder: Path, facts: dict[str, Any], predictions: pa.Table) -> Verdict:
+        """Write the verdict and the predictions it rests on."""
+        write_json(folder / "verdict.json", facts)
+        pq.write_table(predictions, folder / "predictions.parquet", compression="zstd")
+        return Verdict(folder, facts)
+
+    def predictions(self) -> pa.Table:
+        """The rows, with the columns of SCHEMA."""
+        return pq.read_table(self.folder / "predictions.parquet")
+
+
+KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Checkpoint, Labels, Scores, Decision, Verdict)}

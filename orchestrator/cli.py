@@ -1,0 +1,356 @@
+"""The command line: a thin skin that parses, calls, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from orchestrator.recipe import Recipe
+
+_STARTED = time.perf_counter()
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn a small labelled image set and a large unlabelled one into the best model they can give.\n\n"
+         "Start with `orchestrator run quickstart`, then `orchestrator doctor FOLDER` and\n"
+         "`orchestrator run noisy-student --labelled FOLDER --unlabelled FOLDER`.",
+)  # fmt: skip
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", help="Folder of all results; made when missing.", envvar="ORCHESTRATOR_STORE")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any field of the recipe, e.g. seeds=3 or stages.teacher.steps=200")
+]  # fmt: skip
+DEFAULT_STORE = Path("orchestrator-store")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _load(
+    recipe: str, overrides: list[str] | None, labelled: str | None, unlabelled: str | None, test: str | None
+) -> Recipe:
+    from orchestrator.recipe import load
+
+    given = {"labelled": labelled, "unlabelled": unlabelled, "test": test}
+    flags = [f"data.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    return load(recipe, [*flags, *(overrides or [])])
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (`orchestrator recipes`) or a YAML file.")],
+    overrides: Overrides = None,
+    labelled: Annotated[str | None, typer.Option(help="Labelled images: class folders, Parquet, a manifest ...")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled images: a folder, Parquet, a manifest ...")] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled test images; left out, a fifth of the labelled ones.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe to its verdict. Ctrl-C stops cleanly; the same command goes on where it was."""
+    from orchestrator.context import Interrupted
+    from orchestrator.display import Display
+    from orchestrator.run import execute, prepare
+
+    checked = _load(recipe, overrides, labelled, unlabelled, test)
+    display = Display(sys.stderr if as_json else sys.stdout)
+    prepared = prepare(checked, store, label=recipe, progress=display.reading)
+    display.notices(prepared)
+    with _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
+        try:
+            result = execute(
+                prepared, started=_STARTED, notice=display.notice, finished=display.finished, ready=display.ready
+            )
+        except Interrupted:
+            display.close()
+            display.line("Stopped. Everything done is kept; the same command goes on where it was.")
+            raise typer.Exit(130) from None
+    display.result(prepared, result)
+    if as_json:
+        _print_json(result.json())
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(stop: Path, display: Any) -> Iterator[None]:
+    """The first Ctrl-C asks every process to stop after its step, the second one ends this process."""
+
+    def ask(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()
+        display.notice("stopping after this step; Ctrl-C again quits at once")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
+    overrides: Overrides = None,
+    labelled: Annotated[str | None, typer.Option(help="Labelled images.")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled images.")] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled test images.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """What would run: the stages, what is stored already and why the rest is not, steps, images. Trains nothing."""
+    from orchestrator.display import Display, plan_rows
+
+    checked = _load(recipe, overrides, labelled, unlabelled, test)
+    from orchestrator.run import prepare
+
+    display = Display(sys.stderr if as_json else sys.stdout)
+    prepared = prepare(checked, store, label=recipe, progress=display.reading)
+    rows = plan_rows(prepared)
+    if as_json:
+        _print_json({"recipe": checked.name, "run": prepared.name, "store": str(prepared.store.root), "stages": rows,
+                     "data": prepared.data[0].describe()})  # fmt: skip
+        return
+    display.notices(prepared)
+    display.plan(rows)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run, or the beginning of its name; left out, all runs.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Where runs stand: stages, progress, seconds and how much of them was not training."""
+    from orchestrator.display import Display, status_rows
+    from orchestrator.run import read_head
+
+    folders = [_find_run(store, run)] if run else _runs(store)
+    heads = [read_head(folder) for folder in folders]
+    if as_json:
+        _print_json([{**head, "stages": status_rows(store, folder)} for head, folder in zip(heads, folders, strict=True)])
+        return
+    display = Display(sys.stdout)
+    if not heads:
+        display.line(f"no runs in {store}; start with `orchestrator run quickstart`")
+    for head, folder in zip(heads, folders, strict=True):
+        display.status(head, status_rows(store, folder), whole=run is not None)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")] = "latest",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """The numbers of a run: verdict, stages, probes, rounds; rebuilds its report from the store."""
+    from orchestrator.display import Display, status_rows
+    from orchestrator.report.html import write_report
+    from orchestrator.run import RunResult, read_head
+    from orchestrator.store import Store
+
+    opened, folder = Store.open(store), _find_run(store, run)
+    head = read_head(folder)
+    stages = status_rows(store, folder)
+    report = str(write_report(opened, folder)) if head.get("verdict") else None
+    result = RunResult(folder.name, str(opened.root), report, head.get("verdict"), stages)
+    if as_json:
+        _print_json(result.json())
+        return
+    Display(sys.stdout).show(head, result)
+
+
+@app.command()
+def labels(
+    run: Annotated[str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")] = "latest",
+    round: Annotated[int | None, typer.Option(help="Round, from 0; left out, the last.")] = None,
+    name: Annotated[str | None, typer.Option("--class", help="Only images the teacher takes for this class.")] = None,
+    uncertain: Annotated[int | None, typer.Option(help="Only the N least confident.")] = None,
+    kept: Annotated[bool | None, typer.Option("--kept/--left-out", help="Only images the student learned from, or not.")] = None,
+    changed: Annotated[bool, typer.Option("--changed", help="Only images whose label changed since the round before.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write the images into this new folder by class, with labels.csv.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """The pseudo-labels of a run: who was taken for what, how surely, and what came of it."""
+    from orchestrator import ledger
+    from orchestrator.store import Store
+
+    opened, folder = Store.open(store), _find_run(store, run)
+    table, number = ledger.read(opened, folder, round)
+    table = ledger.filter_rows(table, name=name, uncertain=uncertain, kept=kept, changed=changed)
+    if export is not None:
+        count = ledger.export(opened, folder, table, export)
+        print(f"{count} images of round {number} in {export}, with labels.csv")
+    elif as_json:
+        _print_json({"round": number, "rows": table.drop_columns(["probabilities"]).to_pylist()})
+    else:
+        for line in ledger.lines(table, number):
+            print(line)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders of them.")],
+    stage: Annotated[str | None, typer.Option(help="Which stage's model; left out, the final one.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """What a run's model sees in images: class and confidence, one line an image."""
+    from orchestrator.predict import predict_files
+    from orchestrator.store import Store
+
+    rows = predict_files(Store.open(store), _find_run(store, run), images, stage)
+    if as_json:
+        _print_json(rows)
+        return
+    writer = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+    for row in rows:
+        writer.writerow([row["path"], row["class"], f"{row['confidence']:.3f}"] if "class" in row else [row["path"], "", row["error"]])
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders, Parquet files, manifests.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What is in these folders: kinds, counts, classes, sizes; what is broken, duplicated or leaking."""
+    from orchestrator.data.doctor import inspect
+    from orchestrator.display import Display
+
+    display = Display(sys.stderr if as_json else sys.stdout)
+    found = inspect(paths, progress=display.reading)
+    display.close()
+    if as_json:
+        _print_json(found.json())
+        return
+    for line in found.lines:
+        print(line)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None, as_json: JsonOption = False) -> None:
+    """The shipped recipes, or one of them as YAML to start your own from."""
+    import yaml
+
+    from orchestrator.recipe import read_source, shipped
+
+    if name is not None:
+        print(read_source(name)[1], end="")
+        return
+    found = {key: str(yaml.safe_load(text).get("description", "")).strip() for key, text in shipped().items()}
+    if as_json:
+        _print_json([{"name": key, "description": text} for key, text in found.items()])
+        return
+    for key, text in found.items():
+        print(f"{key}\n    {text}")
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Only this method.")] = None, as_json: JsonOption = False) -> None:
+    """The methods and encoders a recipe may use, with paper, options and defaults."""
+    from orchestrator.catalog import components
+
+    found = components()
+    if name is not None:
+        found = [c for c in found if name.lower() in (c["name"].lower(), c["use"].lower())]
+        if not found:
+            names = [c["name"] for c in components()]
+            raise UserError(f"method {name}: unknown{nearest(name, names) or '; known are ' + ', '.join(names)}")
+    if as_json:
+        _print_json(found)
+        return
+    for component in found:
+        print(f"{component['name']}  ({component['kind']}; use: {component['use']})\n    {component['source']}")
+        for option in component["options"]:
+            print(f"    {option['name']}: {option['type']} = {option['default']}" + (f"   {option['doc']}" if option["doc"] else ""))
+        print()
+
+
+@app.command()
+def ui(
+    store: StoreOption = DEFAULT_STORE,
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+) -> None:
+    """The MLflow UI on this store, to compare runs, rounds and stages."""
+    from orchestrator.store import Store
+    from orchestrator.tracking import serve
+
+    raise typer.Exit(serve(Store.open(store).root, host, port))
+
+
+@app.command()
+def sync(store: StoreOption = DEFAULT_STORE) -> None:
+    """Send to MLflow what a dead tracking server left behind."""
+    from orchestrator.run import load_for_registry, read_head
+    from orchestrator.store import Store
+    from orchestrator.tracking import send_all, tracking_uri
+
+    opened = Store.open(store)
+    late = []
+    for folder in _runs(store):
+        experiment = read_head(folder)["recipe"]
+        late.append(send_all(folder, uri=tracking_uri(opened.root), experiment=experiment,
+                             load_model=lambda key: load_for_registry(opened, key)))  # fmt: skip
+    for line in filter(None, late):
+        print(line)
+    if any(late):
+        raise typer.Exit(1)
+    print(f"all records of {len(late)} runs are sent")
+
+
+def _runs(store: Path) -> list[Path]:
+    """Run folders, oldest first."""
+    found = [path.parent for path in (store / "runs").glob("*/run.json")]
+    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime)
+
+
+def _find_run(store: Path, name: str) -> Path:
+    runs = _runs(store)
+    if not runs:
+        raise UserError(f"store {store}: has no runs; start with `orchestrator run quickstart`, or give --store")
+    if name == "latest":
+        return runs[-1]
+    found = [folder for folder in runs if folder.name.startswith(name)]
+    names = [folder.name for folder in runs]
+    if len(found) != 1:
+        which = f"is the beginning of {', '.join(f.name for f in found)}" if found else "not in this store" + (
+            nearest(name, names) or "; there are " + ", ".join(names))  # fmt: skip
+        raise UserError(f"run {name}: {which}")
+    return found[0]
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 2 a mistake the user can mend, 130 stopped by Ctrl-C, 1 anything else."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped. Everything done is kept; the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,80 @@
+"""Start or join Ray, after checking that what a recipe asks can ever fit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.recipe import Resources
+
+NAMESPACE = "orchestrator"
+
+# set before ray is imported: Ray reads them once
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report waits for the next check: 2 s each by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would upload the whole working directory
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, str]]:
+    """(field, message) of what can never fit on the machine or the joined cluster's head, before anything starts.
+
+    Args:
+        batches: stage name to the images of a step of its smallest stream, each of which every worker must share.
+    """
+    found = []
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    if not joined and resources.workers > cores():
+        found.append(("resources.workers", f"{resources.workers} training workers need a core each, this machine has "
+                                           f"{cores()}; use {cores()} or fewer"))  # fmt: skip
+    if not joined and resources.labellers > cores():
+        found.append(("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}"))
+    for name, batch in batches.items():
+        if batch % resources.workers:
+            found.append((name, f"batch {batch} cannot be split evenly over resources.workers: {resources.workers}"))
+        elif resources.workers > 1 and batch // resources.workers < 2:
+            found.append((name, f"batch {batch} over {resources.workers} workers leaves {batch // resources.workers} image each: "
+                                f"batch norm needs 2 or more"))  # fmt: skip
+    return found
+
+
+def connect(resources: Resources) -> dict[str, Any]:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine. Returns {"cpus", "gpus", "nodes"}.
+
+    Raises:
+        UserError: no cluster at the address, or it has fewer CPUs or GPUs than one training needs.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(**quiet)
+            else:
+                # a Train controller that dies frees its workers through the dashboard; with one process there is none
+                ray.init(address="local", num_cpus=cores(), object_store_memory=256 * 2**20,
+                         include_dashboard=resources.workers > 1, **quiet)  # fmt: skip
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; unset it to run on "
+                            f"this machine") from error  # fmt: skip
+    total = ray.cluster_resources()
+    needed = {"CPU": resources.workers, "GPU": resources.workers * resources.gpus}
+    for name, amount in needed.items():
+        if amount > total.get(name, 0):
+            raise UserError(f"resources: training needs {amount:g} {name}s for {resources.workers} workers, the cluster has "
+                            f"{total.get(name, 0):g}; lower resources.workers")  # fmt: skip
+    return {"cpus": total.get("CPU", 0), "gpus": total.get("GPU", 0), "nodes": len(ray.nodes())}

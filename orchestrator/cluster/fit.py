@@ -1,0 +1,108 @@
+"""Training on Ray Train: one worker in this process, several as a worker group. Checkpoints are the stage's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from orchestrator.cluster.extract import predict_in_pool
+from orchestrator.context import Forward, Interrupted
+from orchestrator.recipe import Resources
+from orchestrator.stages.train import Fit
+
+CONTROLLER_TRIES = 3  # a controller that dies is not restarted by Ray; training goes on from its checkpoint
+LOST_WORKERS = 5  # how many times a worker group is started again after losing a worker
+
+
+class RayWorkers:
+    """Spreads trainings and forward passes over Ray, as the resources say."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.resources = resources
+
+    def fit(self, job: Fit) -> None:
+        """Run a training to its end, from its last checkpoint.
+
+        Raises:
+            Interrupted: the user asked to stop. FloatingPointError: a loss is not finite.
+        """
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        if self.resources.workers == 1:
+            TorchTrainer(_alone, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)).fit()
+            return
+        end = self._group(job)
+        if end == "interrupted":
+            raise Interrupted
+        if end:
+            raise FloatingPointError(end)
+
+    def _group(self, job: Fit) -> str:
+        each = {"CPU": job.context.threads} if not os.environ.get("RAY_ADDRESS") else {}
+        scaling = ScalingConfig(
+            num_workers=self.resources.workers, use_gpu=self.resources.gpus > 0,
+            resources_per_worker={**each, **({"GPU": self.resources.gpus} if self.resources.gpus else {})} or None,
+        )  # fmt: skip
+        travelling = replace(job, context=replace(job.context, workers=None, notice=_silent))
+        for attempt in range(CONTROLLER_TRIES):
+            config = RunConfig(
+                name=f"fit-{uuid.uuid4().hex[:8]}", storage_path=str(job.context.workdir / "ray"),
+                failure_config=FailureConfig(max_failures=LOST_WORKERS, controller_failure_limit=2),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            )  # fmt: skip
+            try:
+                trainer = TorchTrainer(_in_group, train_loop_config={"job": travelling}, scaling_config=scaling, run_config=config)
+                return trainer.fit().return_value
+            except ray.exceptions.ActorDiedError:
+                if attempt + 1 == CONTROLLER_TRIES:
+                    raise
+            except TrainingFailedError as error:
+                failures = getattr(error, "worker_failures", {})
+                raise next(iter(failures.values()), error) from error
+        raise AssertionError("unreachable")
+
+    def predict(self, job: Forward, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The forward pass over every shard, in order: in this process, or by labelling actors."""
+        if not self.resources.labellers:
+            run = job.open()
+            return [run(rows) for rows in shards]
+        return predict_in_pool(job, shards, self.resources.labellers)
+
+
+def _silent(line: str) -> None:
+    """Notices are the driver's."""
+
+
+def _alone(config: dict[str, Any]) -> None:
+    config["job"].run()
+
+
+def _in_group(config: dict[str, Any]) -> str:
+    """One worker of several: its end in a word, since Ray would retry an exception that is no accident."""
+    job: Fit = config["job"]
+    part, parts = dist.get_rank(), dist.get_world_size()
+    if part:
+        job = replace(job, context=replace(job.context, recorder=None))
+    try:
+        job.run(part=part, parts=parts, wrap=_data_parallel)
+    except Interrupted:
+        return "interrupted"
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def _data_parallel(method: nn.Module) -> nn.Module:
+    on_gpu = next(method.parameters()).is_cuda
+    if on_gpu:
+        nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    return nn.parallel.DistributedDataParallel(method, device_ids=[torch.cuda.current_device()] if on_gpu else None)

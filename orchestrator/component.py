@@ -1,0 +1,144 @@
+"""A class named by a recipe with its configuration: `{use: methods.simclr.SimCLR, temperature: 0.5}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from methods.base import Method
+from methods.encoders import Encoder
+from orchestrator.errors import nearest
+
+
+class ConfigError(Exception):
+    """Problems of one configuration: (path, message) pairs."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{path}: {message}" for path, message in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Component:
+    """A Method or Encoder class by its full path, and its configuration, a frozen dataclass."""
+
+    use: str
+    config: Any
+
+    @property
+    def cls(self) -> type:
+        return resolve(self.use, (Method, Encoder))
+
+    def to_json(self) -> dict[str, Any]:
+        """`use` and every field, defaults too, in plain values."""
+        return {"use": self.use, **to_plain(self.config)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Component:
+        """Validate `{use: ..., field: ...}`. Raises ConfigError."""
+        if not isinstance(value, dict) or "use" not in value:
+            raise ConfigError([("", f"{value!r}: must be a mapping with `use:`, such as {{use: methods.simclr.SimCLR}}")])
+        cls = resolve(str(value["use"]), (Method, Encoder))
+        return Component(str(value["use"]), validate(cls.Config, {k: v for k, v in value.items() if k != "use"}))
+
+
+def to_plain(config: Any) -> Any:
+    """A dataclass, a Component or a container of them as JSON values."""
+    if isinstance(config, Component):
+        return config.to_json()
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): to_plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [to_plain(value) for value in config]
+    return config
+
+
+def resolve(path: str, bases: tuple[type, ...]) -> type:
+    """The class at a full path such as methods.simclr.SimCLR. Raises ConfigError when it is none of `bases`."""
+    module_name, _, name = path.rpartition(".")
+    wanted = " or ".join(base.__name__ for base in bases)
+    try:
+        module = importlib.import_module(module_name) if module_name else None
+    except ImportError as error:
+        raise ConfigError([("use", f"{path}: cannot import {module_name} ({error})")]) from error
+    found = getattr(module, name, None)
+    if not (inspect.isclass(found) and issubclass(found, bases)) or inspect.isabstract(found):
+        names = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, bases)
+                 and not inspect.isabstract(v)] if module else []  # fmt: skip
+        hint = nearest(name, names) or (f"; {module_name} has {', '.join(sorted(names))}" if names else "")
+        raise ConfigError([("use", f"{path}: no {wanted} class of that name{hint}")])
+    return found
+
+
+def dataclass_fields(cls: type) -> list[str]:
+    """The names a configuration takes."""
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _close(cls: Any, seen: set[type]) -> None:
+    """Make pydantic refuse unknown keys in a stdlib dataclass and in those it holds."""
+    for part in (cls, *get_args(cls)) if get_origin(cls) else (cls,):
+        if inspect.isclass(part) and dataclasses.is_dataclass(part) and part is not Component and part not in seen:
+            seen.add(part)
+            part.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+            for hint in get_type_hints(part).values():
+                _close(hint, seen)
+
+
+def validate(cls: type, values: dict[str, Any]) -> Any:
+    """Build dataclass `cls` from plain values: types checked, unknown keys refused. Raises ConfigError with them all."""
+    _close(cls, set())
+    problems: list[tuple[str, str]] = []
+    values, hints = dict(values), get_type_hints(cls)
+    for name, hint in hints.items():
+        if name in values and hint is Component and isinstance(values[name], dict):
+            try:
+                values[name] = Component.from_json(values[name])
+            except ConfigError as error:
+                problems += [(_join(name, path), message) for path, message in error.problems]
+                values.pop(name)
+                hints = {k: v for k, v in hints.items() if k != name}
+    try:
+        built = TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        missing_is_known = {path.split(".")[0] for path, _ in problems}
+        for item in error.errors():
+            where = [str(part) for part in item["loc"]]
+            if item["type"].startswith("missing") and where and where[-1] in missing_is_known:
+                continue
+            problems.append((".".join(where), _explain(cls, where, item)))
+        built = None
+    if problems:
+        raise ConfigError(problems)
+    return built
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _explain(cls: type, where: list[str], item: Any) -> str:
+    owner: Any = cls
+    for part in where[:-1]:
+        owner = next((h for h in _flatten(get_type_hints(owner).get(part))), owner) if inspect.isclass(owner) else owner
+    fields = dataclass_fields(owner) if dataclasses.is_dataclass(owner) else []
+    if item["type"] == "unexpected_keyword_argument":
+        return f"unknown{nearest(where[-1], fields)} {owner.__name__} has {', '.join(fields)}".replace(
+            "unknown ", "unknown; " if not nearest(where[-1], fields) else "unknown "
+        )
+    if item["type"].startswith("missing"):
+        return "missing, and it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if item["type"] == "value_error" else f"{item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _flatten(hint: Any) -> Iterable[type]:
+    return [part for part in (hint, *get_args(hint)) if inspect.isclass(part) and dataclasses.is_dataclass(part)]

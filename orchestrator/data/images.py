@@ -1,0 +1,227 @@
+"""Images: an ordered set of images of one split, by row number, as every stage reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.data.catalogue import Catalogue
+from orchestrator.data.decode import DECODE_VERSION, BadImage, open_rgb, square
+from orchestrator.errors import UserError
+
+_log = logging.getLogger(__name__)
+_STAND_INS = 20  # other images tried in place of one that went bad, before giving up on the disk
+
+
+class Images:
+    """N images with their ids and labels; pixels are read when asked for, from memory maps or by decoding.
+
+    Attributes:
+        ids: (N,) str, a hash of each image's decoded pixels.
+        labelled: (N,) bool, which images have a label.
+        label: (N,) int64 into `classes`, meaningful where `labelled` is true and 0 elsewhere.
+        classes: the class names, in the order of the numbers.
+        pixels: images are `pixels` by `pixels`.
+        replaced: row to reason, for images that could not be read after the scan; see `batch`.
+    """
+
+    def __init__(
+        self,
+        catalogues: Sequence[Catalogue],
+        catalogue_of: np.ndarray,
+        row_of: np.ndarray,
+        *,
+        ids: np.ndarray,
+        label: np.ndarray,
+        labelled: np.ndarray,
+        classes: Sequence[str],
+        pixels: int,
+        threads: int = 1,
+    ) -> None:
+        self._catalogues = tuple(catalogues)
+        self._catalogue_of = catalogue_of  # (N,) int16: which catalogue an image lies in
+        self._row_of = row_of  # (N,) int64: its row there
+        self.ids, self.labelled = ids, labelled
+        self.label = np.where(labelled, label, 0).astype(np.int64)
+        self.classes, self.pixels, self.threads = tuple(classes), pixels, threads
+        self.replaced: dict[int, str] = {}
+        if labelled.any() and not 0 <= self.label.min() <= self.label.max() < len(self.classes):
+            row = int(np.argmax((self.label < 0) | (self.label >= len(self.classes))))
+            raise ValueError(f"{self.where(row)}: label {self.label[row]}, but there are {len(self.classes)} classes")
+
+    @staticmethod
+    def of(catalogue: Catalogue, *, threads: int = 1) -> Images:
+        """All usable images of a catalogue, in the order of their ids, with the source's own classes."""
+        rows = catalogue.kept
+        label, labelled = catalogue.label_names(rows)
+        return Images(
+            [catalogue],
+            np.zeros(len(rows), np.int16),
+            rows,
+            ids=catalogue.ids(rows),
+            label=label,
+            labelled=labelled,
+            classes=catalogue.about["classes"],
+            pixels=catalogue.about["pixels"],
+            threads=threads,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict:
+        hidden = ("_pool", "_rows", "fingerprint")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    # ---- pixels
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """The images of `rows` (B,) int64, as contiguous uint8 (B, 3, pixels, pixels) on the CPU.
+
+        An image that could be read at the scan and no longer can is replaced by another one of the same label (or, like
+        itself, without one): the next in row order that can be read. It is logged once and kept in `replaced`.
+
+        Raises:
+            IndexError: a row is not in [0, N).
+            UserError: nothing near can be read either, as when a disk is gone.
+        """
+        places = self._rows.index_select(0, rows)
+        if len(self._catalogues) == 1 and (decoded := self._catalogues[0].decoded) is not None:
+            return decoded.index_select(0, places).view(-1, 3, self.pixels, self.pixels)
+        images = torch.empty(len(rows), 3, self.pixels, self.pixels, dtype=torch.uint8)
+        owner = torch.from_numpy(self._catalogue_of).index_select(0, rows)
+        lazy: list[int] = []
+        for number, catalogue in enumerate(self._catalogues):
+            at = (owner == number).nonzero().flatten()
+            if len(at) and (decoded := catalogue.decoded) is not None:
+                images[at] = decoded.index_select(0, places[at]).view(-1, 3, self.pixels, self.pixels)
+            else:
+                lazy.extend(at.tolist())
+        wanted: list[int] = rows.tolist()
+        squares: Iterable[np.ndarray]
+        if self.threads > 1 and len(lazy) > 1:
+            squares = self._pool.map(lambda at: self._read(wanted[at]), lazy)
+        else:
+            squares = (self._read(wanted[at]) for at in lazy)
+        for place, pixels in zip(lazy, squares, strict=True):
+            images[place] = torch.from_numpy(pixels)
+        return images
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.from_numpy(self._row_of)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+    def _read(self, row: int) -> np.ndarray:
+        """One image as uint8 (3, pixels, pixels), or its stand-in."""
+        try:
+            return self._decode(row)
+        except (BadImage, OSError) as error:
+            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        if row not in self.replaced:
+            self.replaced[row] = reason
+            _log.warning("%s went bad after the scan (%s); another image stands in for it", self.where(row), reason)
+        same = np.flatnonzero((self.label == self.label[row]) & (self.labelled == self.labelled[row]))
+        after = np.roll(same, -1 - int(np.searchsorted(same, row)))
+        for other in after[:_STAND_INS].tolist():
+            try:
+                return self._decode(other)
+            except (BadImage, OSError):
+                continue
+        tried = min(len(same), _STAND_INS + 1)
+        raise UserError(
+            f"{self.where(row)}: {reason}, and so for {tried} images in a row; is the disk still there? Run again to "
+            "rescan"
+        )
+
+    def _decode(self, row: int) -> np.ndarray:
+        catalogue, place = self._catalogues[self._catalogue_of[row]], int(self._row_of[row])
+        if (decoded := catalogue.decoded) is not None:
+            return decoded[place].view(3, self.pixels, self.pixels).numpy()
+        return square(open_rgb(catalogue.encoded(place), shrink_to=self.pixels), self.pixels)
+
+    def where(self, row: int) -> str:
+        """The path, or the place in a Parquet file, that image `row` came from."""
+        return self._catalogues[self._catalogue_of[row]].path(int(self._row_of[row]))
+
+    # ---- identity and sets
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of ids, labels (in order), class names, `pixels` and the decode rule: equal wherever the images lie."""
+        digest = hashlib.sha256(f"{self.pixels} {DECODE_VERSION} {self.classes!r}".encode())
+        digest.update(self.ids.astype("S32").tobytes())
+        digest.update(self.label.tobytes())
+        digest.update(self.labelled.tobytes())
+        return digest.hexdigest()
+
+    def select(self, rows: np.ndarray | Tensor | Sequence[int]) -> Images:
+        """The images of `rows` (M,), integers or a mask of N booleans, in that order."""
+        index = np.asarray(rows)
+        if index.dtype != bool:
+            index = index.astype(np.int64)
+        return self._with(
+            catalogue_of=self._catalogue_of[index],
+            row_of=self._row_of[index],
+            ids=self.ids[index],
+            label=self.label[index],
+            labelled=self.labelled[index],
+        )
+
+    def without_labels(self) -> Images:
+        """The same images, none of them labelled."""
+        return self._with(label=np.zeros(len(self), np.int64), labelled=np.zeros(len(self), bool))
+
+    def relabel(self, classes: Sequence[str]) -> Images:
+        """The same labels, by name, under another class map; a label whose class is not in it becomes no label."""
+        place = {name: number for number, name in enumerate(classes)}
+        new = np.array([place.get(name, -1) for name in self.classes] or [-1], np.int64)[self.label]
+        return self._with(label=new, labelled=self.labelled & (new >= 0), classes=classes)
+
+    @staticmethod
+    def concat(*images: Images) -> Images:
+        """The images of several sets, one after the other. Raises ValueError where class map or `pixels` differ."""
+        first = images[0]
+        for other in images[1:]:
+            if (other.classes, other.pixels) != (first.classes, first.pixels):
+                raise ValueError(
+                    f"concat: {len(first.classes)} classes at {first.pixels} pixels and {len(other.classes)} classes "
+                    f"at {other.pixels} pixels: need one class map and one size"
+                )
+        catalogues = list({c.folder: c for part in images for c in part._catalogues}.values())
+        number = {c.folder: n for n, c in enumerate(catalogues)}
+        owner = [
+            np.array([number[c.folder] for c in part._catalogues], np.int16)[part._catalogue_of] for part in images
+        ]
+        return first._with(
+            catalogues=catalogues,
+            catalogue_of=np.concatenate(owner),
+            row_of=np.concatenate([part._row_of for part in images]),
+            ids=np.concatenate([part.ids for part in images]),
+            label=np.concatenate([part.label for part in images]),
+            labelled=np.concatenate([part.labelled for part in images]),
+        )
+
+    def per_class(self) -> dict[str, int]:
+        """Labelled images of each class, in the order of `classes`."""
+        counts = np.bincount(self.label[self.labelled], minlength=len(self.classes))
+        return dict(zip(self.classes, counts.tolist(), strict=True))
+
+    def _with(self, **changed: object) -> Images:
+        same = {
+            "catalogues": self._catalogues,
+            "catalogue_of": self._catalogue_of,
+            "row_of": self._row_of,
+            **{name: getattr(self, name) for name in ("ids", "label", "labelled", "classes", "pixels", "threads")},
+        }
+        return Images(**{**same, **changed})

@@ -1,0 +1,149 @@
+"""What will run: every stage of a recipe with its key, what is stored already, and why the rest is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.component import to_plain
+from orchestrator.data.images import Images
+from orchestrator.data.splits import Data
+from orchestrator.recipe import Node, Recipe, Rounds, report, where
+from orchestrator.stage import Stage, Wiring
+from orchestrator.store import Store
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One stage, ready to run: its key says everything its answer depends on."""
+
+    name: str
+    stage: Stage
+    key: str
+    seed: int
+    inputs: Mapping[str, tuple[str, ...]]  # names of splits, stages or rounds
+    question: Mapping[str, Any]  # what the key is a hash of
+    work: Mapping[str, Any]
+    round: int | None
+    group: str | None
+
+    @property
+    def kind(self) -> str:
+        """The stage's class name."""
+        return type(self.stage).__name__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe laid out for one seed, on its data."""
+
+    recipe: str
+    seed: int
+    stages: tuple[Planned, ...]
+    rounds: Mapping[str, Rounds]
+    images: Mapping[str, Images]
+    classes: tuple[str, ...]
+
+    def key(self, name: str) -> str:
+        """The key of a stage, or of the last gate of rounds."""
+        name = self.rounds[name].gates[-1] if name in self.rounds else name
+        return next(stage.key for stage in self.stages if stage.name == name)
+
+
+def stage_seed(seed: int, round_number: int | None) -> int:
+    """Each round draws anew: a student that follows a refused one is not the same again."""
+    return seed if round_number is None else seed + 1009 * (round_number + 1)
+
+
+def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
+    """Resolve choices, check each stage among its neighbours, and hash the keys.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    problems: list[tuple[str, str]] = []
+    planned: dict[str, Planned] = {}
+    for node in recipe.nodes:
+        wiring = _wiring(node, recipe, data, planned)
+        empty = [target for targets in node.inputs.values() for target in targets
+                 if target in data.splits and len(data.splits[target]) == 0]  # fmt: skip
+        found = [(f"{where(node)}.inputs", f"split {name} has no images") for name in empty] if empty else [
+            (f"{where(node)}.{path}", message) for path, message in node.stage.problems(wiring)]  # fmt: skip
+        problems += found
+        if found:
+            continue
+        question = {
+            "stage": f"{type(node.stage).__module__}.{type(node.stage).__qualname__}", "version": node.stage.version,
+            "config": {**to_plain(node.stage), **node.stage.resolved(wiring)}, "seed": stage_seed(recipe.seed + seed, node.round),
+            "inputs": {name: [_identity(target, recipe, data, planned) for target in targets]
+                       for name, targets in sorted(node.inputs.items())},
+            "classes": list(data.classes), "round": node.round,
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+        planned[node.name] = Planned(node.name, node.stage, key, question["seed"], node.inputs, question,
+                                     node.stage.work(wiring), node.round, node.group)  # fmt: skip
+    if problems:
+        raise report(label, problems)
+    return Plan(recipe.name, recipe.seed + seed, tuple(planned.values()), recipe.rounds, data.splits, data.classes)
+
+
+def _wiring(node: Node, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> Wiring:
+    images: dict[str, tuple[Images, ...]] = {}
+    stages: dict[str, tuple[Stage, ...]] = {}
+    for name, targets in node.inputs.items():
+        if all(target in data.splits for target in targets):
+            images[name] = tuple(data.splits[target] for target in targets)
+        else:
+            stages[name] = tuple(stage for target in targets for stage in _sources(target, recipe, planned))
+    pixels = recipe.data.pixels
+    return Wiring(images, stages, data.classes, pixels)
+
+
+def _sources(target: str, recipe: Recipe, planned: Mapping[str, Planned]) -> list[Stage]:
+    """The stages an answer comes from: of rounds, every student that may have been promoted."""
+    if target in recipe.rounds:
+        return [stage for gate in recipe.rounds[target].gates for stage in _sources(gate, recipe, planned)]
+    found = planned.get(target)
+    if found is None:
+        return []
+    if found.kind == "Gate":
+        return _sources(found.inputs["student"][0], recipe, planned)
+    return [found.stage]
+
+
+def _identity(target: str, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> str:
+    if target in data.splits:
+        return f"images:{data.splits[target].fingerprint}"
+    name = recipe.rounds[target].gates[-1] if target in recipe.rounds else target
+    return planned[name].key if name in planned else "broken"
+
+
+def why(planned: Planned, store: Store, before: str | None) -> tuple[str, str]:
+    """(state, reason) of a stage: stored, started or to run, and what differs from the last run's stage of that name.
+
+    Args:
+        before: key of the stage of that name in the last run of this recipe in the store.
+    """
+    if store.has(planned.key):
+        return "stored", f"answered on {store.manifest(planned.key)['created'][:10]}"
+    work = store.root / "work" / planned.key
+    if (work / "training.pt").exists():
+        return "started", "goes on from its last checkpoint"
+    if before and before != planned.key and store.has(before):
+        changes = difference(store.manifest(before)["question"], planned.question)
+        return "to run", ", ".join(changes[:3]) or "changed"
+    return "to run", "new"
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """What changed between two questions, as "path old → new", keys of inputs as "its input X changed"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [line for key in {**old, **new} for line in difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    if old == new:
+        return []
+    if path.startswith("inputs."):
+        return [f"its input {path.removeprefix('inputs.')} changed"]
+    return [f"{path.removeprefix('config.')} {old} → {new}"]

@@ -1,0 +1,420 @@
+"""A recipe: YAML to frozen, checked stages. Every mistake is reported at once, with the nearest right name."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.artifacts import Checkpoint
+from orchestrator.component import ConfigError, dataclass_fields, resolve, validate
+from orchestrator.data.images import Images
+from orchestrator.data.splits import DataConfig, Split
+from orchestrator.errors import UserError, nearest
+from orchestrator.stage import Stage, answer_of, inputs_of
+from orchestrator.stages.gate import Gate
+
+TOP = ("name", "description", "seed", "seeds", "data", "stages", "resources")
+ROUNDS = ("rounds", "carry", "ladder", "gate", "stages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What only changes the speed; enters no key."""
+
+    workers: int = 1  # data-parallel training processes; 1 trains in the process that is there
+    threads: int | None = None  # a process may use; None: the machine's cores, shared by the workers
+    labellers: int = 0  # labelling processes; 0: one process labels, better below about 100 thousand images
+    gpus: float = 0  # for each worker
+    save_seconds: float = 30.0  # between checkpoints of a training
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers = {self.workers}: must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads = {self.threads}: must be at least 1")
+        if self.labellers < 0 or self.gpus < 0 or self.save_seconds < 0:
+            raise ValueError("labellers, gpus, save_seconds: must be at least 0")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage in its place. `inputs` map the keywords of `run` to names of splits, nodes or rounds."""
+
+    name: str
+    stage: Stage
+    inputs: Mapping[str, tuple[str, ...]]
+    round: int | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A laid-out group of rounds: its first teacher and its gates, in order."""
+
+    name: str
+    first: str
+    gates: tuple[str, ...]
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, checked. `text` is the YAML after overrides: what a run keeps, and what runs again."""
+
+    name: str
+    description: str
+    seed: int
+    seeds: int
+    data: DataConfig
+    resources: Resources
+    nodes: tuple[Node, ...]
+    rounds: Mapping[str, Rounds]
+    text: str = field(repr=False)
+
+    def node(self, name: str) -> Node:
+        """The node of a name."""
+        return next(node for node in self.nodes if node.name == name)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is written twice", node.start_mark)
+    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def shipped() -> dict[str, str]:
+    """The recipes in the package: name to YAML text."""
+    folder = importlib.resources.files("orchestrator") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """(label, YAML text) of a shipped recipe's name or of a YAML file. Raises UserError."""
+    known = shipped()
+    if source in known:
+        return f"{source}.yaml", known[source]
+    path = Path(source)
+    if path.is_file():
+        return path.name, path.read_text(encoding="utf-8")
+    raise UserError(
+        f"recipe {source}: neither a file nor a shipped recipe{nearest(source, known) or '; shipped are ' + ', '.join(known)}"
+    )
+
+
+def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe by name or path, with KEY=VALUE overrides. Raises UserError with every problem."""
+    label, text = read_source(source)
+    return parse(text, label=label, overrides=overrides)
+
+
+def parse(text: str, *, label: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
+    """Check a recipe's YAML text. Raises UserError with every problem found, each on its line."""
+    try:
+        raw = yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{label}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{label}: must be a mapping with name, data and stages")
+    problems: list[tuple[str, str]] = []
+    raw = _unshared(raw)
+    for override in overrides:
+        _override(raw, override, problems)
+    recipe = _build(raw, problems)
+    if problems or recipe is None:
+        raise report(label, problems)
+    return recipe
+
+
+def report(label: str, problems: list[tuple[str, str]]) -> UserError:
+    """All problems as one error: a line each, aligned."""
+    unique = list(dict.fromkeys(problems))
+    width = min(44, max(len(path) for path, _ in unique))
+    lines = "\n".join(f"  {path:{width}}  {message}" for path, message in unique)
+    return UserError(f"{label}: {len(unique)} error{'s' if len(unique) > 1 else ''}, nothing was run\n{lines}")
+
+
+def _override(raw: dict[str, Any], text: str, problems: list[tuple[str, str]]) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        problems.append((text, "an override is KEY=VALUE, such as stages.teacher.steps=200"))
+        return
+    place: Any = raw
+    *parents, last = path.split(".")
+    for number, part in enumerate(parents):
+        here = place.get(part)
+        if here is None:
+            if (number == 0 and part not in TOP) or (number and parents[number - 1] == "stages"):
+                problems.append((path, f"{part} is not in the recipe{nearest(part, map(str, place))}"))
+                return
+            here = place[part] = {}
+        elif isinstance(here, str) and parents[0] == "data":
+            here = place[part] = {"from": here}
+        if not isinstance(here, dict):
+            problems.append((path, f"{part} is {here!r}, it has no fields"))
+            return
+        place = here
+    place[last] = yaml.safe_load(value) if value else None
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML anchors shared is separate, so that an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _build(raw: dict[str, Any], problems: list[tuple[str, str]]) -> Recipe | None:
+    for key in raw:
+        if key not in TOP:
+            problems.append((str(key), f"unknown{nearest(str(key), TOP) or '; a recipe has ' + ', '.join(TOP)}"))
+    data = _data(raw.get("data"), problems)
+    resources = _validated(Resources, raw.get("resources") or {}, "resources", problems)
+    for key, least in (("seed", 0), ("seeds", 1)):
+        value = raw.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append((key, f"{value!r}: must be an integer of at least {least}"))
+    splits = tuple((raw.get("data") or {}).keys()) if isinstance(raw.get("data"), dict) else ()
+    laid, rounds = _lay_out(raw.get("stages"), problems)
+    nodes = [_node(entry, problems) for entry in laid]
+    built = [node for node in nodes if node is not None]
+    broken = {entry.name for entry, node in zip(laid, nodes, strict=True) if node is None}
+    _check_wires(built, broken, data.splits if data else dict.fromkeys(splits), rounds, problems)
+    if problems or data is None or resources is None:
+        return None
+    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return Recipe(str(raw.get("name", "recipe")), str(raw.get("description", "")).strip(), raw.get("seed", 0),
+                  raw.get("seeds", 1), data, resources, tuple(built), rounds, text)  # fmt: skip
+
+
+def _validated(cls: type, values: Any, where: str, problems: list[tuple[str, str]]) -> Any:
+    if not isinstance(values, dict):
+        problems.append((where, f"{values!r}: must be a mapping"))
+        return None
+    try:
+        return validate(cls, values)
+    except ConfigError as error:
+        problems += [(f"{where}.{path}" if path else where, message) for path, message in error.problems]
+        return None
+
+
+def _data(raw: Any, problems: list[tuple[str, str]]) -> DataConfig | None:
+    if not isinstance(raw, dict):
+        problems.append(("data", "missing: say where the images are, such as data: {pixels: 32, labelled: PATH}"))
+        return None
+    before = len(problems)
+    options = [name for name in dataclass_fields(DataConfig) if name != "splits"]
+    splits: dict[str, Split] = {}
+    for name, value in raw.items():
+        if name in options:
+            continue
+        if value is None:
+            flag = f" or --{name} PATH" if name in ("labelled", "unlabelled", "test") else ""
+            problems.append((f"data.{name}", f"no images given: add data.{name}=PATH{flag}"))
+            continue
+        value = {"from": value} if isinstance(value, str) else value
+        if isinstance(value, dict):
+            value = {("source" if key == "from" else key): item for key, item in value.items()}
+            if isinstance(value.get("without"), str):
+                value["without"] = [value["without"]]
+        if isinstance(value, dict) and value.get("source") is None:
+            problems.append((f"data.{name}", f"no images given: add data.{name}=PATH, or {{from: SPLIT, fraction: 0.1}}"))
+            continue
+        built = _validated(Split, value, f"data.{name}", problems)
+        if built is not None:
+            splits[str(name)] = built
+    for name, split in splits.items():
+        for other in split.without:
+            if other not in raw:
+                problems.append((f"data.{name}.without", f"{other} is no split{nearest(other, splits)}"))
+    config = _validated(
+        DataConfig, {**{name: raw[name] for name in options if name in raw}, "splits": splits}, "data", problems
+    )
+    return config if len(problems) == before else None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    where: str
+    raw: dict[str, Any]
+    round: int | None = None
+    group: str | None = None
+
+
+def _lay_out(raw: Any, problems: list[tuple[str, str]]) -> tuple[list[_Entry], dict[str, Rounds]]:
+    entries: list[_Entry] = []
+    rounds: dict[str, Rounds] = {}
+    if not isinstance(raw, dict) or not raw:
+        problems.append(("stages", "missing: a recipe needs at least one stage"))
+        return entries, rounds
+    for name, value in raw.items():
+        if not isinstance(value, dict):
+            problems.append((f"stages.{name}", f"{value!r}: must be a mapping with `use:`, or with `rounds:`"))
+        elif "rounds" in value:
+            laid = _rounds(str(name), value, problems)
+            if laid is not None:
+                entries += laid[0]
+                rounds[str(name)] = laid[1]
+        else:
+            entries.append(_Entry(str(name), f"stages.{name}", value))
+    return entries, rounds
+
+
+def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> tuple[list[_Entry], Rounds] | None:
+    where, before = f"stages.{name}", len(problems)
+    for key in raw:
+        if key not in ROUNDS:
+            problems.append((f"{where}.{key}", f"unknown{nearest(key, ROUNDS) or '; rounds have ' + ', '.join(ROUNDS)}"))
+    count, carry, stages = raw.get("rounds"), raw.get("carry"), raw.get("stages")
+    ladder = raw.get("ladder") or [{}]
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        problems.append((f"{where}.rounds", f"{count!r}: must be an integer of at least 1"))
+    if not isinstance(stages, dict) or not stages:
+        problems.append((f"{where}.stages", "missing: the stages of one round"))
+    if not isinstance(carry, dict) or "first" not in carry or len(carry) < 2:
+        problems.append((f"{where}.carry", "must say what a round hands on, such as {teacher: student, first: teacher}"))
+    if not isinstance(ladder, list) or not all(isinstance(rung, dict) for rung in ladder):
+        problems.append((f"{where}.ladder", "must be a list of overrides, one a round, such as {student.encoder.width: 1.5}"))
+    if len(problems) > before:
+        return None
+    gated = next(iter(carry.values()))  # the first alias is the teacher: its stage is what the gate judges
+    aliases = {alias: stage for alias, stage in carry.items() if alias != "first"}
+    for alias, stage in aliases.items():
+        if stage not in stages:
+            problems.append((f"{where}.carry.{alias}", f"{stage} is no stage of a round{nearest(stage, stages)}"))
+    if len(problems) > before:
+        return None
+    entries: list[_Entry] = []
+    teacher, gates = str(carry["first"]), []
+    for number in range(count):
+        raw_stages = copy.deepcopy(stages)
+        for key, value in ladder[min(number, len(ladder) - 1)].items():
+            *path, last = key.split(".")
+            place: Any = raw_stages
+            for part in path:
+                place = place.get(part) if isinstance(place, dict) else None
+            if not isinstance(place, dict):
+                problems.append((f"{where}.ladder", f"{key} leads nowhere in stages{nearest(path[0] if path else key, stages)}"))
+                continue
+            place[last] = value
+        names = {stage: f"{name}.{number}.{stage}" for stage in stages}
+        known = {**names, next(iter(aliases)): teacher}
+        known |= {a: f"{name}.{number - 1}.{s}" for a, s in list(aliases.items())[1:]} if number else {}
+        absent = set() if number else set(list(aliases)[1:])  # nothing came before the first round
+        for stage, value in raw_stages.items():
+            if isinstance(value, dict) and isinstance(value.get("inputs"), dict):
+                wires = value["inputs"].items()
+                value["inputs"] = {k: _rewire(v, known) for k, v in wires if not (isinstance(v, str) and v in absent)}
+            entries.append(_Entry(names[stage], f"{where}.stages.{stage}", value, number, name))
+        gate = f"{name}.{number}.gate"
+        gate_raw = dict(raw.get("gate") or {})
+        wires = {"teacher": teacher, "student": names[gated]}
+        if gate_raw.get("images"):
+            wires["images"] = gate_raw.pop("images")
+        entries.append(_Entry(gate, f"{where}.gate", {"use": "orchestrator.stages.gate.Gate", "inputs": wires, **gate_raw},
+                              number, name))  # fmt: skip
+        gates.append(gate)
+        teacher = gate
+    return entries, Rounds(name, str(carry["first"]), tuple(gates), tuple(entry.name for entry in entries))
+
+
+def _rewire(target: Any, known: Mapping[str, str]) -> Any:
+    if isinstance(target, list):
+        return [_rewire(item, known) for item in target]
+    return known.get(target, target)
+
+
+def _node(entry: _Entry, problems: list[tuple[str, str]]) -> Node | None:
+    before = len(problems)
+    raw = entry.raw if isinstance(entry.raw, dict) else {}
+    if "use" not in raw:
+        problems.append((f"{entry.where}.use", "missing: the stage's class, such as orchestrator.stages.train.Train"))
+        return None
+    try:
+        cls = resolve(str(raw["use"]), (Stage,))
+    except ConfigError as error:
+        problems += [(f"{entry.where}.{path}", message) for path, message in error.problems]
+        return None
+    stage = _validated(cls, {k: v for k, v in raw.items() if k not in ("use", "inputs")}, entry.where, problems)
+    wanted = inputs_of(cls)
+    inputs: dict[str, tuple[str, ...]] = {}
+    given = raw.get("inputs") or {}
+    if not isinstance(given, dict):
+        problems.append((f"{entry.where}.inputs", f"{given!r}: must map inputs to splits or stages"))
+        return None
+    for name, target in given.items():
+        if name not in wanted:
+            problems.append((f"{entry.where}.inputs.{name}",
+                             f"unknown{nearest(name, wanted)} {cls.__name__} reads {', '.join(wanted)}"))  # fmt: skip
+        elif target is not None:
+            inputs[name] = tuple(str(t) for t in target) if isinstance(target, list) else (str(target),)
+    for name, known in wanted.items():
+        if name not in inputs and not known.optional:
+            problems.append((f"{entry.where}.inputs.{name}", f"missing: {cls.__name__} needs {known.name}"))
+    if stage is None or len(problems) > before:
+        return None
+    return Node(entry.name, stage, inputs, entry.round, entry.group)
+
+
+def _check_wires(
+    nodes: list[Node], broken: set[str], splits: Mapping[str, Any], rounds: Mapping[str, Rounds],
+    problems: list[tuple[str, str]],
+) -> None:  # fmt: skip
+    answers: dict[str, type] = {}
+    for node in nodes:
+        place = where(node)
+        for name, targets in node.inputs.items():
+            known = inputs_of(type(node.stage))[name]
+            for target in targets:
+                kind = _kind(target, answers, splits, rounds)
+                path = f"{place}.inputs.{name}"
+                if kind is None:
+                    if target not in broken and target not in rounds:
+                        later = target in {n.name for n in nodes}
+                        names = [*splits, *answers, *rounds]
+                        problems.append((path, f"{target} comes later; a stage reads what is above it" if later else
+                                         f"{target} is no split or stage{nearest(target, names) or '; known are ' + ', '.join(names)}"))  # fmt: skip
+                elif not known.takes(kind):
+                    example = next((n for n, k in answers.items() if known.takes(k)), None)
+                    hint = f", such as {example}" if example else ""
+                    problems.append((path, f"{target} gives {kind.__name__}, {type(node.stage).__name__} needs {known.name}{hint}"))
+                elif target == "test" and type(node.stage).__name__ != "Judge":
+                    problems.append((path, "test is read once, at the end, by Judge alone; use holdout"))
+            if len(targets) > 1 and not known.several and not issubclass(Images, known.kinds):
+                problems.append((f"{place}.inputs.{name}", f"takes one {known.name}, found {len(targets)}"))
+        answers[node.name] = answer_of(type(node.stage))
+
+
+def _kind(target: str, answers: Mapping[str, type], splits: Mapping[str, Any], rounds: Mapping[str, Rounds]) -> type | None:
+    if target in splits:
+        return Images
+    if target in rounds:
+        return Checkpoint if rounds[target].gates[-1] in answers else None
+    return answers.get(target)
+
+
+def where(node: Node) -> str:
+    """The path of a node in the YAML, for messages."""
+    if node.group is None:
+        return f"stages.{node.name}"
+    last = node.name.rpartition(".")[2]
+    return f"stages.{node.group}.gate" if isinstance(node.stage, Gate) else f"stages.{node.group}.stages.{last}"

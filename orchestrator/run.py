@@ -1,0 +1,274 @@
+"""One run of a recipe, from its text to its verdict: what `orchestrator run` and any script call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from orchestrator.artifacts import Checkpoint, write_json
+from orchestrator.context import Interrupted
+from orchestrator.data.splits import Data, open_data
+from orchestrator.errors import UserError
+from orchestrator.pipeline import PIPELINE, Outcome, Setting, read_outcomes, run_plan, threads_of
+from orchestrator.plan import Plan, make_plan
+from orchestrator.recipe import Recipe, report
+from orchestrator.stages.judge import sentence
+from orchestrator.stages.train import Train
+from orchestrator.store import Store, replace_file
+from orchestrator.tracking import Recorder, Sender, tracking_uri
+
+SEND_SECONDS = 20.0  # how long the end of a run waits for the tracking server
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n seeds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe on its data: a plan for each seed, and what was noticed on the way."""
+
+    recipe: Recipe
+    label: str
+    store: Store
+    plans: tuple[Plan, ...]
+    data: tuple[Data, ...]
+
+    @property
+    def name(self) -> str:
+        """The run's name: the same for the same questions, so that the same command goes on where it was."""
+        keys = [stage.key for plan in self.plans for stage in plan.stages]
+        return f"{self.recipe.name}-{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps what it says."""
+        return self.store.root / "runs" / self.name
+
+    def prefix(self, plan: Plan) -> str:
+        """Before stage names, where a run has several seeds."""
+        return f"seed-{plan.seed}/" if len(self.plans) > 1 else ""
+
+    def stage_names(self) -> list[str]:
+        """All stages of all seeds, in order."""
+        return [self.prefix(plan) + stage.name for plan in self.plans for stage in plan.stages]
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    run: str
+    store: str
+    report: str | None
+    verdict: dict[str, Any] | None
+    stages: list[dict[str, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        """The object that `run --json` prints."""
+        brief = ("baseline", "final", "gain", "low", "high", "sentence")
+        return {
+            "run": self.run, "store": self.store, "report": self.report,
+            "verdict": {name: self.verdict[name] for name in brief} if self.verdict else None,
+            "stages": [{name: stage[name] for name in ("name", "key", "digest", "state", "seconds")} for stage in self.stages],
+        }  # fmt: skip
+
+
+def prepare(
+    recipe: Recipe, root: Path, *, label: str, progress: Callable[[str, int, int], None] | None = None
+) -> Prepared:
+    """Open the store, catalogue the data, and plan every seed.
+
+    Raises:
+        UserError: with every problem found, before anything is trained.
+    """
+    store = Store.open(root)
+    threads = threads_of(recipe.resources)
+    data, plans = [], []
+    for offset in range(recipe.seeds):
+        opened = open_data(recipe.data, store.root / "data", seed=recipe.seed + offset, threads=threads, progress=progress)
+        data.append(opened)
+        plans.append(make_plan(recipe, opened, offset, label))
+    return Prepared(recipe, label, store, tuple(plans), tuple(data))
+
+
+def batches_of(plan: Plan) -> dict[str, int]:
+    """Field to the smallest batch of each training, which its workers share."""
+    return {f"stages.{s.name}.batch": s.stage.batch for s in plan.stages if isinstance(s.stage, Train)}
+
+
+def execute(
+    prepared: Prepared, *, started: float | None = None, use_ray: bool = True, notice: Callable[[str], None] = lambda line: None,
+    finished: Callable[[Outcome], None] = lambda outcome: None, ready: Callable[[], None] = lambda: None,
+) -> RunResult:  # fmt: skip
+    """Run all plans, judge, report.
+
+    Args:
+        started: `time.perf_counter()` at the start of the process, for the bookkeeping of overhead.
+        use_ray: False runs everything in this process, rounds too; answers are the same.
+        ready: called when start-up is over.
+    Raises:
+        Interrupted: the user asked to stop; everything done is kept. UserError: something the user can mend.
+    """
+    begin = started if started is not None else time.perf_counter()
+    store, folder, recipe = prepared.store, prepared.folder, prepared.recipe
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stop").unlink(missing_ok=True)
+    uri = tracking_uri(store.root)
+    recorder = Recorder(folder)
+    sender = Sender(folder, uri=uri, experiment=recipe.name, load_model=lambda key: load_for_registry(store, key))
+    _write_head(prepared)
+    todo = [stage for plan in prepared.plans for stage in plan.stages if not store.has(stage.key)]
+    workers: Any = None
+    rounds: dict[str, Any] = {}
+    if todo and use_ray:
+        from orchestrator.cluster.connect import connect, preflight
+
+        problems = [problem for plan in prepared.plans for problem in preflight(recipe.resources, batches_of(plan))]
+        if problems:
+            raise report(prepared.label, problems)
+        connect(recipe.resources)
+        from orchestrator.cluster.fit import RayWorkers
+        from orchestrator.cluster.rounds import coordinated_rounds
+
+        workers, rounds = RayWorkers(recipe.resources), {"rounds": coordinated_rounds}
+    ready()
+    up = time.perf_counter()
+    _record_head(prepared, recorder)
+    sender.start()
+    outcomes: list[Outcome] = []
+    status = "FAILED"
+    result: RunResult | None = None
+    try:
+        for plan in prepared.plans:
+            setting = Setting(store, folder, recipe.resources, recorder, prepared.prefix(plan))
+            outcomes += run_plan(plan, setting, workers=workers, notice=notice, finished=finished, **rounds)
+        result = _conclude(prepared, outcomes)
+        _record_verdict(prepared, result, recorder)
+        status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        recorder.end(PIPELINE, status)
+        recorder.close()
+        late = sender.finish(SEND_SECONDS if status == "FINISHED" else 2.0)
+        if late:
+            notice(late)
+        wall = time.perf_counter() - begin
+        computing = sum(outcome.computing for outcome in outcomes)
+        seconds = {"total": wall, "start_up": up - begin, "computing": computing, "overhead": wall - (up - begin) - computing}
+        _update_head(folder, seconds=seconds, status=status, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+    result.seconds = seconds
+    result.notices = [line for data in prepared.data[:1] for line in data.notices]
+    return result
+
+
+def load_for_registry(store: Store, key: str) -> tuple[nn.Module, np.ndarray]:
+    """A stored classifier as images in [0, 1] to logits, with an example batch, for a model registry."""
+    checkpoint = store.open_artifact(key)
+    assert isinstance(checkpoint, Checkpoint)
+    pixels = checkpoint.model["pixels"]
+    return _Classifier(checkpoint.build()).eval(), np.zeros((2, 3, pixels, pixels), np.float32)
+
+
+class _Classifier(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] to logits (B, K)."""
+
+    def __init__(self, method: Any) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, images: Any) -> Any:
+        return self.method.logits(images)
+
+
+def _write_head(prepared: Prepared) -> None:
+    folder = prepared.folder
+    replace_file(folder / "recipe.yaml", lambda part: part.write_text(prepared.recipe.text, encoding="utf-8"))
+    replace_file(folder / "data.json", lambda part: write_json(part, [data.describe() for data in prepared.data]))
+    stages = [
+        {"name": prepared.prefix(plan) + s.name, "kind": s.kind, "key": s.key, "round": s.round, "group": s.group,
+         "work": dict(s.work), "seed": plan.seed}
+        for plan in prepared.plans for s in plan.stages
+    ]  # fmt: skip
+    _update_head(folder, run=prepared.name, recipe=prepared.recipe.name, description=prepared.recipe.description,
+                 seeds=[plan.seed for plan in prepared.plans], classes=list(prepared.plans[0].classes),
+                 pixels=prepared.recipe.data.pixels, stages=stages, started=datetime.now(UTC).isoformat(timespec="seconds"),
+                 status="RUNNING")  # fmt: skip
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of it. Raises UserError when there is no such run."""
+    path = folder / "run.json"
+    if not path.exists():
+        raise UserError(f"run {folder.name}: not in this store; `orchestrator status` lists the runs")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _update_head(folder: Path, **values: Any) -> None:
+    known = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
+    replace_file(folder / "run.json", lambda part: write_json(part, {**known, **values}))
+
+
+def _record_head(prepared: Prepared, recorder: Recorder) -> None:
+    recipe, plan = prepared.recipe, prepared.plans[0]
+    fingerprints = {f"data.{name}": images.fingerprint[:16] for name, images in plan.images.items()}
+    recorder.start(PIPELINE, parent=None, name=prepared.name, tags={"recipe": recipe.name, **fingerprints},
+                   params={"seed": recipe.seed, "seeds": recipe.seeds, "pixels": recipe.data.pixels})  # fmt: skip
+    for name, images in plan.images.items():
+        recorder.data(PIPELINE, name, images.fingerprint, recipe.data.splits[name].source, name)
+    recorder.artifact(PIPELINE, prepared.folder / "recipe.yaml", "recipe.yaml")
+
+
+def _conclude(prepared: Prepared, outcomes: Sequence[Outcome]) -> RunResult:
+    verdicts = [outcome.facts for outcome in outcomes if outcome.kind == "Judge" and outcome.facts]
+    verdict = combine(verdicts) if verdicts else None
+    _update_head(prepared.folder, verdict=verdict)
+    stages = [dict(line) for line in read_outcomes(prepared.folder, prepared.stage_names())]
+    from orchestrator.report.html import write_report
+
+    path = write_report(prepared.store, prepared.folder)
+    return RunResult(prepared.name, str(prepared.store.root), str(path), verdict, stages)
+
+
+def combine(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One verdict over seeds: means, and a t interval of the gain over seeds; a single seed's is its own bootstrap."""
+    first = dict(verdicts[0])
+    if len(verdicts) == 1:
+        return {**first, "seeds": 1}
+    gains = [v["gain"] for v in verdicts]
+    n, mean = len(gains), statistics.fmean(gains)
+    half = STUDENT_T.get(n, 2.2) * statistics.stdev(gains) / math.sqrt(n)
+    found = {
+        **first, "baseline": statistics.fmean(v["baseline"] for v in verdicts),
+        "final": statistics.fmean(v["final"] for v in verdicts), "gain": mean, "low": mean - half, "high": mean + half,
+        "seeds": n, "each": [{k: v[k] for k in ("baseline", "final", "gain", "low", "high")} for v in verdicts],
+    }  # fmt: skip
+    found["sentence"] = sentence(found).replace("test images", f"test images, {n} seeds")
+    return found
+
+
+def _record_verdict(prepared: Prepared, result: RunResult, recorder: Recorder) -> None:
+    if result.verdict is None:
+        return
+    values = {f"verdict.{k}": float(result.verdict[k]) for k in ("baseline", "final", "gain", "low", "high")}
+    recorder.metrics(PIPELINE, values, step=0)
+    recorder.tags(PIPELINE, {"mlflow.note.content": result.verdict["sentence"]})
+    if result.report:
+        recorder.artifact(PIPELINE, Path(result.report), "report.html")
+    best = result.verdict.get("scores", {}).get("final", {}).get("key")
+    if best:
+        recorder.model(PIPELINE, key=best, registered_name=prepared.recipe.name, alias="champion")
+
+

@@ -1,0 +1,88 @@
+"""A stage is a question: its fields are the configuration, the keywords of `run` its inputs, its return the answer."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from orchestrator.artifacts import Artifact, Checkpoint, Decision
+from orchestrator.data.images import Images
+
+
+class StopRound(Exception):
+    """A guard refuses to go on with this round; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(ABC):
+    """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each with its own inputs."""
+
+    version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently
+
+    def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
+        """(field, message) of what is wrong with this stage among its neighbours, found before anything runs."""
+        return []
+
+    def resolved(self, wiring: Wiring) -> dict[str, Any]:
+        """Choices left to rules, such as `precision: auto`, resolved: part of the key."""
+        return {}
+
+    def work(self, wiring: Wiring) -> dict[str, Any]:
+        """How much it is, for `plan`: steps, images, parameters."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What a stage may know before anything runs: its inputs' stages or images, and the data's classes."""
+
+    images: Mapping[str, tuple[Images, ...]]  # input name to the splits it reads
+    stages: Mapping[str, tuple[Stage, ...]]  # input name to the stages whose answers it reads
+    classes: tuple[str, ...]
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """One keyword of a stage's `run`: which kinds it takes, whether it may be left out, whether it takes several."""
+
+    kinds: tuple[type, ...]
+    optional: bool
+    several: bool
+
+    def takes(self, kind: type) -> bool:
+        """Whether an answer of `kind` fits: a Decision stands for the Checkpoint it promoted."""
+        return issubclass(kind, self.kinds) or (kind is Decision and Checkpoint in self.kinds)
+
+    @property
+    def name(self) -> str:
+        """The kinds in words."""
+        return " or ".join(kind.__name__ for kind in self.kinds)
+
+
+def inputs_of(stage: type[Stage]) -> dict[str, Input]:
+    """The inputs of a stage class, read from the signature of its `run`."""
+    run: Any = stage.run  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(run)
+    return {
+        name: _input(hints[name], parameter.default is not parameter.empty)
+        for name, parameter in inspect.signature(run).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def answer_of(stage: type[Stage]) -> type[Artifact]:
+    """The kind of artifact a stage class answers with."""
+    return typing.get_type_hints(stage.run)["return"]  # type: ignore[attr-defined]
+
+
+def _input(hint: Any, optional: bool) -> Input:
+    several = typing.get_origin(hint) is tuple
+    parts = typing.get_args(hint) if several or isinstance(hint, types.UnionType) else (hint,)
+    kinds = tuple(part for part in parts if part is not Ellipsis and part is not type(None))
+    return Input(kinds, optional, several)

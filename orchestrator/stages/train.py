@@ -1,0 +1,275 @@
+"""Train one method on one or two streams of images: a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from methods.base import Method
+from methods.ema import averaged_copy
+from methods.encoders import Encoder
+from orchestrator.artifacts import Checkpoint, Labels
+from orchestrator.component import Component
+from orchestrator.context import Context, Interrupted
+from orchestrator.data.images import Images
+from orchestrator.data.loader import Order
+from orchestrator.stage import Stage, Wiring
+from orchestrator.training import checkpoint as training_state
+from orchestrator.training.loop import Stream, train_steps
+from orchestrator.training.optim import Optim
+from orchestrator.training.precision import auto_precision, device
+
+LOG_EVERY = 20  # steps between logged losses: reading one is a device synchronisation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Stage):
+    """Train `method` on `encoder`; `steps` or `epochs` (of the unlabelled stream where there is one) say for how long."""
+
+    encoder: Component
+    method: Component
+    optim: Optim
+    batch: int  # images of the method's first stream a step, over all workers
+    unlabelled_ratio: int = 1  # with two streams: unlabelled images for each labelled one
+    steps: int | None = None
+    epochs: float | None = None
+    ema: float = 0.0  # decay of the weights' average, which then is the answer; 0: the weights themselves
+    clip: float | None = None  # largest gradient norm
+    accumulate: int = 1  # parts a batch is split into where memory is short
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
+        for name in ("batch", "unlabelled_ratio", "accumulate", "steps", "epochs", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value}: must be > 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema}: must be in [0, 1)")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate}: must divide batch = {self.batch}")
+
+    # what is asked, before anything runs
+
+    def build(self, classes: int) -> tuple[Method, Encoder]:
+        """The method with fresh weights from the current generator, and its encoder."""
+        encoder = self.encoder.cls(self.encoder.config)
+        return self.method.cls(encoder, self.method.config, classes=classes), encoder
+
+    def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        with torch.device("meta"):
+            try:
+                method, _ = self.build(len(wiring.classes))
+                streams = {view.stream for view in method.views(wiring.pixels)}
+            except ValueError as error:
+                return [("method", str(error))]
+        name = self.method.use.rpartition(".")[2]
+        needed = {"labelled": "labelled" in streams, "images": "unlabelled" in streams, "labels": method.needs_targets}
+        given = {*wiring.images, *wiring.stages}
+        for key, need in needed.items():
+            if need and key not in given:
+                found.append((f"inputs.{key}", f"missing: {name} learns from it"))
+            if not need and key in given:
+                found.append((f"inputs.{key}", f"{name} does not read it; leave it out"))
+        if found:
+            return found
+        for key, size in (("labelled", self.batch), ("images", self._unlabelled_batch(streams))):
+            rows = sum(len(images) for images in wiring.images.get(key, ()))
+            if key == "images" and method.needs_distinct and rows < size:
+                found.append(("batch", f"{size} images a step but inputs.images has {rows}: {name} compares the images "
+                                       f"of a batch, so none may be in it twice; use batch: {max(2, rows)} or less"))  # fmt: skip
+            if key in wiring.images and rows == 0:
+                found.append((f"inputs.{key}", "has no images"))
+        if method.needs_distinct and self.accumulate > 1:
+            found.append(("accumulate", f"{self.accumulate}: {name} compares all images of a batch; use accumulate: 1"))
+        for image in wiring.images.get("labelled", ()):
+            if not image.labelled.all():
+                found.append(("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label"))
+        return found
+
+    def resolved(self, wiring: Wiring) -> dict[str, Any]:
+        with torch.device("meta"):
+            _, encoder = self.build(len(wiring.classes))
+        return {"precision": auto_precision(encoder) if self.precision == "auto" else self.precision}
+
+    def work(self, wiring: Wiring) -> dict[str, Any]:
+        with torch.device("meta"):
+            method, _ = self.build(len(wiring.classes))
+        streams = {view.stream for view in method.views(wiring.pixels)}
+        sizes = {"labelled": self.batch, "images": self._unlabelled_batch(streams)}
+        rows = {key: sum(len(i) for i in wiring.images.get(key, ())) for key in sizes if key in wiring.images}
+        steps = self._steps(rows, sizes)
+        return {
+            "steps": steps, "images": steps * sum(sizes[key] for key in rows),
+            "parameters": sum(p.numel() for p in method.parameters()),
+            "passes": {key: round(steps * sizes[key] / max(1, n), 1) for key, n in rows.items()},
+        }  # fmt: skip
+
+    def _unlabelled_batch(self, streams: set[str]) -> int:
+        return self.batch * self.unlabelled_ratio if "labelled" in streams else self.batch
+
+    def _steps(self, rows: dict[str, int], sizes: dict[str, int]) -> int:
+        if self.steps is not None:
+            return self.steps
+        key = "images" if "images" in rows else "labelled"
+        return max(1, round((self.epochs or 0) * rows[key] / sizes[key]))
+
+    # the answer
+
+    def run(
+        self, context: Context, *, labelled: Images | None = None, images: Images | None = None,
+        labels: Labels | None = None, init: Checkpoint | None = None,
+    ) -> Checkpoint:  # fmt: skip
+        job = Fit(self, context, labelled, images, labels, init)
+        earlier = training_state.load(context.workdir)
+        if context.workers is not None:
+            context.workers.fit(job)
+        else:
+            job.run()
+        state = training_state.load(context.workdir)
+        if state is None:
+            raise RuntimeError(f"{context.workdir}: the finished training left no checkpoint")
+        context.computing += state["seconds"] - (earlier["seconds"] if earlier else 0.0)
+        weights = state["average"] or state["method"]
+        return Checkpoint.write(
+            context.output, state=weights, encoder=self.encoder, method=self.method, classes=context.classes,
+            pixels=state["pixels"], precision=state["precision"], curves=[tuple(row) for row in state["curves"]],
+            facts={"steps": state["step"], "images_seen": state["images"], "precision": state["precision"],
+                   "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point())},
+        )  # fmt: skip
+
+
+@dataclass
+class Fit:
+    """One training, to be run by one process or by each of several: everything travels in here."""
+
+    stage: Train
+    context: Context
+    labelled: Images | None
+    images: Images | None
+    labels: Labels | None
+    init: Checkpoint | None
+
+    def streams(self, views: set[str]) -> tuple[Stream, ...]:
+        """The streams the method's views name, in their endless orders."""
+        seed = self.context.seed
+        found = []
+        if "labelled" in views and self.labelled is not None:
+            order = Order(len(self.labelled), self.stage.batch, seed * 2)
+            found.append(Stream("labelled", self.labelled, order, label=torch.from_numpy(self.labelled.label.copy())))
+        if "unlabelled" in views and self.images is not None:
+            batch = self.stage._unlabelled_batch(views)
+            rows = target = None
+            count = len(self.images)
+            if self.labels is not None:
+                copies = torch.from_numpy(self.labels.table(["copies"])["copies"].to_numpy().astype("int64"))
+                rows = torch.arange(count).repeat_interleave(copies)
+                target = torch.from_numpy(self.labels.probabilities())[rows]
+                count = len(rows)
+            found.append(Stream("unlabelled", self.images, Order(count, batch, seed * 2 + 1), target=target, rows=rows))
+        return tuple(found)
+
+    def run(self, *, part: int = 0, parts: int = 1, wrap: Any = None) -> None:
+        """Train to the end from the last checkpoint, in this process: worker `part` of `parts`.
+
+        Args:
+            wrap: makes the data-parallel wrapper of the method, where there are several workers.
+        Raises:
+            Interrupted: the user asked to stop; the checkpoint is written.
+            FloatingPointError: a loss is not finite.
+        """
+        stage, context = self.stage, self.context
+        torch.set_num_threads(context.threads)
+        where = device()
+        torch.manual_seed(context.seed)
+        method, encoder = stage.build(len(context.classes))
+        precision = auto_precision(encoder) if stage.precision == "auto" else stage.precision
+        if self.init is not None:
+            trunk = {k.removeprefix("encoder."): v for k, v in self.init.state().items() if k.startswith("encoder.")}
+            encoder.load_state_dict(trunk)
+        method = method.to(where, memory_format=torch.channels_last).train()
+        average = averaged_copy(method) if stage.ema else None
+        optimizer = stage.optim.build(method)
+        pixels = next(i for i in (self.labelled, self.images) if i is not None).pixels
+        streams = self.streams({view.stream for view in method.views(pixels)})
+        sizes = {stream.name: stream.order.batch for stream in streams}
+        total = stage._steps(
+            {("images" if s.name == "unlabelled" else s.name): s.order.rows for s in streams},
+            {("images" if s.name == "unlabelled" else s.name): s.order.batch for s in streams},
+        )
+        start, seconds, curves = 0, 0.0, []
+        saved = training_state.load(context.workdir)
+        if saved is not None:
+            method.load_state_dict(saved["method"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if average is not None:
+                average.load_state_dict(saved["average"])
+            start, seconds, curves = saved["step"], saved["seconds"], [tuple(row) for row in saved["curves"]]
+            context.notice(f"goes on from step {start} of {total}")
+
+        def save(step: int) -> None:
+            if part == 0:
+                training_state.save(context.workdir, {
+                    "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+                    "average": average.state_dict() if average is not None else None, "curves": [list(c) for c in curves],
+                    "images": step * sum(sizes.values()), "seconds": seconds, "pixels": pixels, "precision": precision,
+                })  # fmt: skip
+
+        steps = train_steps(
+            method, wrap(method) if wrap else method, streams, optimizer, stage.optim, pixels=pixels, start=start,
+            total=total, seed=context.seed, precision=precision, average=average, ema=stage.ema, clip=stage.clip,
+            accumulate=stage.accumulate, part=part, parts=parts,
+        )  # fmt: skip
+        last_save = time.monotonic()
+        waited, since, done = 0.0, time.perf_counter(), start
+        for step in steps:
+            seconds += step.seconds
+            waited += step.waited
+            number = step.number + 1
+            if step.number % LOG_EVERY == 0 or number == total:
+                values = self._read(step.losses, step.number)
+                curves += [(step.number, name, value) for name, value in values.items()]
+                curves.append((step.number, "learning_rate", step.rate))
+                elapsed = time.perf_counter() - since
+                rate = (number - done) * sum(sizes.values()) / max(elapsed, 1e-9)
+                if part == 0:
+                    context.log(step.number, {**values, "learning_rate": step.rate, "images_per_second": rate,
+                                              "reading_share": waited / max(elapsed, 1e-9)})  # fmt: skip
+                waited, since, done = 0.0, time.perf_counter(), number
+            if part == 0:
+                context.progress(number, total)
+            stop, due = context.stopping(), time.monotonic() - last_save >= context.save_seconds
+            if parts > 1:
+                stop, due = _agree(stop), _agree(due)
+            if number < total and (stop or due):
+                save(number)
+                last_save = time.monotonic()
+                if stop:
+                    raise Interrupted
+        save(total)
+
+    def _read(self, losses: dict[str, Tensor], step: int) -> dict[str, float]:
+        values = {name: float(value) for name, value in losses.items()}
+        bad = [name for name, value in values.items() if not abs(value) < float("inf")]
+        if bad:
+            raise FloatingPointError(
+                f"{bad[0]} is {values[bad[0]]} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; the last "
+                f"checkpoint is kept"
+            )
+        return values
+
+
+def _agree(wish: bool) -> bool:
+    """Whether any worker wishes it: all must save and stop at the same step."""
+    flag = torch.tensor(float(wish), device=device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+

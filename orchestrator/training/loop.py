@@ -1,0 +1,121 @@
+"""The one training loop, a generator: logging, checkpoints and stops are the caller's `if` lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Batch, Losses, Method, View
+from methods.ema import update_average
+from methods.views.draws import Draws, mix
+from orchestrator.data.images import Images
+from orchestrator.data.loader import Order
+from orchestrator.training.optim import Optim
+from orchestrator.training.precision import autocast
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a method: its images in their endless order, with labels or with a teacher's distributions."""
+
+    name: str
+    images: Images
+    order: Order
+    label: Tensor | None = None  # (N,) int64
+    target: Tensor | None = None  # (N, K) float32
+    rows: Tensor | None = None  # (N,) rows of `images`, where the stream repeats or leaves out some
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: its number from 0, the losses (0-d, on the device), the seconds it took, and of those the
+    seconds spent reading images."""
+
+    number: int
+    losses: Losses
+    rate: float
+    seconds: float
+    waited: float
+
+
+def make_batch(
+    views: Sequence[View], streams: Sequence[Stream], step: int, *, seed: int, device: torch.device,
+    part: int = 0, parts: int = 1,
+) -> tuple[Batch, float]:  # fmt: skip
+    """The batch of a step, augmented on the device, and the seconds spent reading.
+
+    Every view's parameters are a function of (seed, epoch, row, view): nothing else enters.
+    """
+    batch: dict[str, Tensor] = {}
+    waited = 0.0
+    for stream in streams:
+        place, epoch = stream.order.at(step, part=part, parts=parts)
+        begin = time.perf_counter()
+        images = stream.images.batch(place if stream.rows is None else stream.rows[place])
+        waited += time.perf_counter() - begin
+        if device.type == "cuda":
+            images = images.pin_memory().to(device, non_blocking=True)
+        batch[f"{stream.name}.index"] = place.to(device)
+        for number, view in enumerate(views):
+            if view.stream == stream.name:
+                draws = Draws.of(seed, epoch.to(device), place.to(device), number)
+                batch[view.name] = view.transform(images, draws)
+        if stream.label is not None:
+            batch["label"] = stream.label[place].to(device)
+        if stream.target is not None:
+            batch["target"] = stream.target[place].to(device)
+    return batch, waited
+
+
+def train_steps(
+    method: Method, model: nn.Module, streams: Sequence[Stream], optimizer: torch.optim.Optimizer, optim: Optim, *,
+    pixels: int, start: int, total: int, seed: int, precision: str, average: nn.Module | None = None,
+    ema: float = 0.0, clip: float | None = None, accumulate: int = 1, part: int = 0, parts: int = 1,
+) -> Iterator[Step]:  # fmt: skip
+    """Steps start .. total - 1, each yielded after its update.
+
+    Args:
+        method: the module itself; `model` the same or its data-parallel wrapper.
+        streams: one for each stream the method's views name.
+        average: the EMA of the method, updated with decay `ema` after each step.
+        clip: largest gradient norm. accumulate: micro-batches an update, each with its own part of the batch.
+        part, parts: this worker among all; each takes its part of every batch.
+    """
+    device = next(method.parameters()).device
+    views = method.views(pixels)
+    for number in range(start, total):
+        begin = time.perf_counter()
+        progress = number / total
+        rate = optim.rate(number + 1, total)  # a warm-up's first update is not with rate 0
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # dropout and stochastic depth: a function of (seed, step, worker), so nothing of them needs saving
+        torch.manual_seed(int(mix(torch.tensor(seed * 1_000_003 + number * parts + part))) & 0x7FFF_FFFF)
+        losses: Losses = {}
+        waited = 0.0
+        for micro in range(accumulate):
+            batch, read = make_batch(
+                views, streams, number, seed=seed, device=device,
+                part=part * accumulate + micro, parts=parts * accumulate,
+            )  # fmt: skip
+            waited += read
+            batch = {
+                name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+                for name, value in batch.items()
+            }
+            with autocast(precision, device.type):
+                found = model(batch, progress)
+            (found["loss"] / accumulate).backward()
+            losses = {k: losses.get(k, 0.0) + v.detach() / accumulate for k, v in found.items()}
+        if clip is not None:
+            losses["gradient_norm"] = nn.utils.clip_grad_norm_(method.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.on_step_end(progress)
+        if average is not None:
+            update_average(average, method, decay=ema, step=number)
+        yield Step(number, losses, rate, time.perf_counter() - begin, waited)
