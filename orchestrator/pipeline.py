@@ -117,6 +117,8 @@ def run_stage(planned: Planned, plan: Plan, setting: Setting, workers: Workers |
     """
     store, begin = setting.store, time.perf_counter()
     outcome = Outcome(planned.name, planned.kind, planned.key, "running", round=planned.round)
+    if (setting.folder / "stop").exists():
+        raise Interrupted
     _record_start(planned, setting)
     if store.has(planned.key):
         return _stored(outcome, planned, setting)

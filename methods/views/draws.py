@@ -37,7 +37,7 @@ class Draws:
 
     @staticmethod
     def of(seed: int, epoch: Tensor | int, index: Tensor, view: int = 0) -> Draws:
-        """The draws of samples `index` (B,) int64 for one view; `epoch`, scalar or (B,), counts how often each was seen."""
+        """The draws of samples `index` (B,) int64 for one view; `epoch`, scalar or (B,), counts its earlier visits."""
         key = torch.as_tensor(index, dtype=torch.int64)
         for part in (seed, epoch, view):
             key = mix(key * _GOLDEN + torch.as_tensor(part, dtype=torch.int64, device=key.device) + 1)

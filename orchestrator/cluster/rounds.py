@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +19,10 @@ from orchestrator.context import Interrupted, Workers
 from orchestrator.errors import UserError
 from orchestrator.pipeline import Outcome, Setting, read_outcomes, run_rounds
 from orchestrator.plan import Plan
+from orchestrator.recipe import parse
+from orchestrator.run import prepare
+from orchestrator.store import Store
+from orchestrator.tracking import Recorder
 
 POLL_SECONDS = 0.2
 
@@ -27,8 +31,14 @@ POLL_SECONDS = 0.2
 class Coordinator:
     """Runs the rounds of one group."""
 
-    def __init__(self, group: str, plan: Plan, setting: Setting) -> None:
-        self.group, self.plan, self.setting = group, plan, setting
+    def __init__(self, group: str, root: Path, run: str, seed: int) -> None:
+        """Everything is read from the store: what Ray keeps of the arguments is small enough to survive the driver."""
+        store = Store.open(root)
+        folder = store.root / "runs" / run
+        recipe = parse((folder / "recipe.yaml").read_text(encoding="utf-8"), label=run)
+        prepared = prepare(recipe, store.root, label=run)
+        self.plan = next(plan for plan in prepared.plans if plan.seed == seed)
+        self.group, self.setting = group, Setting(store, folder, recipe.resources, Recorder(folder), prepared.prefix(self.plan))
         self.notices: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -63,9 +73,8 @@ def coordinated_rounds(
 ) -> list[Outcome]:  # fmt: skip
     """Run a group's rounds in its coordinator, passing on what it says. The same contract as `run_rounds`."""
     name = coordinator_name(group, plan, setting)
-    coordinator = Coordinator.options(name=name, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote(
-        group, plan, replace(setting)
-    )
+    options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    coordinator = Coordinator.options(**options).remote(group, setting.store.root, setting.folder.name, plan.seed)
     pending, heard = coordinator.run.remote(), 0
     while not ray.wait([pending], timeout=POLL_SECONDS)[0]:
         heard = _listen(coordinator, heard, notice)

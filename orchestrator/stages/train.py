@@ -171,7 +171,7 @@ class Fit:
             if self.labels is not None:
                 copies = torch.from_numpy(self.labels.table(["copies"])["copies"].to_numpy().astype("int64"))
                 rows = torch.arange(count).repeat_interleave(copies)
-                target = torch.from_numpy(self.labels.probabilities())[rows]
+                target = torch.from_numpy(self.labels.probabilities().copy())[rows]
                 count = len(rows)
             found.append(Stream("unlabelled", self.images, Order(count, batch, seed * 2 + 1), target=target, rows=rows))
         return tuple(found)
