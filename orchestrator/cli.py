@@ -139,7 +139,7 @@ def status(
 ) -> None:
     """Where runs stand: stages, progress, seconds and how much of them was not training."""
     from orchestrator.display import Display, status_rows
-    from orchestrator.run import read_head
+    from orchestrator.runs import read_head
 
     folders = [_find_run(store, run)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
@@ -162,13 +162,14 @@ def show(
     """The numbers of a run: verdict, stages, probes, rounds; rebuilds its report from the store."""
     from orchestrator.display import Display, status_rows
     from orchestrator.report.html import write_report
-    from orchestrator.run import RunResult, read_head
+    from orchestrator.run import RunResult
+    from orchestrator.runs import read_head
     from orchestrator.store import Store
 
     opened, folder = Store.open(store), _find_run(store, run)
     head = read_head(folder)
     stages = status_rows(store, folder)
-    report = str(write_report(opened, folder)) if head.get("verdict") else None
+    report = str(write_report(opened, folder))
     result = RunResult(folder.name, str(opened.root), report, head.get("verdict"), stages)
     if as_json:
         _print_json(result.json())
@@ -302,7 +303,8 @@ def ui(
 @app.command()
 def sync(store: StoreOption = DEFAULT_STORE) -> None:
     """Send to MLflow what a dead tracking server left behind."""
-    from orchestrator.run import load_for_registry, read_head
+    from orchestrator.run import load_for_registry
+    from orchestrator.runs import read_head
     from orchestrator.store import Store
     from orchestrator.tracking import send_all, tracking_uri
 

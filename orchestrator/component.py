@@ -70,12 +70,16 @@ def resolve(path: str, bases: tuple[type, ...]) -> type:
     except ImportError as error:
         raise ConfigError([("use", f"{path}: cannot import {module_name} ({error})")]) from error
     found = getattr(module, name, None)
-    if not (inspect.isclass(found) and issubclass(found, bases)) or inspect.isabstract(found):
-        names = [k for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, bases)
-                 and not inspect.isabstract(v)] if module else []  # fmt: skip
+    if not _usable(found, bases):
+        names = [name for name, value in vars(module).items() if _usable(value, bases)] if module else []
         hint = nearest(name, names) or (f"; {module_name} has {', '.join(sorted(names))}" if names else "")
         raise ConfigError([("use", f"{path}: no {wanted} class of that name{hint}")])
     return found
+
+
+def _usable(value: Any, bases: tuple[type, ...]) -> bool:
+    """Whether it is a class that can be made: one of `bases`, but neither a base itself nor abstract."""
+    return inspect.isclass(value) and issubclass(value, bases) and value not in bases and not inspect.isabstract(value)
 
 
 def dataclass_fields(cls: type) -> list[str]:

@@ -15,9 +15,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.pipeline import Outcome, read_outcomes
+from orchestrator.pipeline import Outcome
 from orchestrator.plan import why
-from orchestrator.run import Prepared, RunResult, read_head
+from orchestrator.run import Prepared, RunResult
+from orchestrator.runs import read_head, read_outcomes
 from orchestrator.store import Store
 
 LINE_SECONDS = 15.0  # between progress lines where there is no terminal

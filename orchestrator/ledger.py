@@ -16,7 +16,7 @@ from orchestrator.artifacts import Labels
 from orchestrator.data.splits import open_data
 from orchestrator.errors import UserError, nearest
 from orchestrator.recipe import parse
-from orchestrator.run import read_head
+from orchestrator.runs import read_head
 from orchestrator.store import Store
 
 

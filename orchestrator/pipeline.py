@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,6 +102,8 @@ def gather_inputs(planned: Planned, plan: Plan, store: Store) -> dict[str, Any]:
             images: list[Images] = [plan.images[target] for target in targets]
             found[name] = images[0] if len(images) == 1 else Images.concat(*images)
             continue
+        if known.several:  # a round that was never reached has no answer to give
+            targets = tuple(target for target in targets if target in plan.rounds or store.has(plan.key(target)))
         values = [resolve_artifact(target, plan, store) for target in targets]
         if Checkpoint in known.kinds:
             values = [store.open_artifact(v.facts["promoted"]) if isinstance(v, Decision) else v for v in values]
@@ -300,14 +302,3 @@ def commit() -> str | None:
     here = Path(__file__).parent
     asked = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
-
-
-def read_outcomes(folder: Path, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The outcomes a run's folder holds, in the order of `names`."""
-    found = []
-    for name in names:
-        path = folder / "stages" / f"{name}.json"
-        if path.exists():
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-    return found
-

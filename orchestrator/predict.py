@@ -11,7 +11,7 @@ import torch
 from orchestrator.artifacts import Checkpoint, Decision
 from orchestrator.data.decode import BadImage, open_rgb, square
 from orchestrator.errors import UserError, nearest
-from orchestrator.run import read_head
+from orchestrator.runs import read_head
 from orchestrator.store import Store
 
 CHUNK = 64  # images decoded and classified at a time

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,17 +17,17 @@ from torch import nn
 from orchestrator.artifacts import Checkpoint, write_json
 from orchestrator.context import Interrupted
 from orchestrator.data.splits import Data, open_data
-from orchestrator.errors import UserError
-from orchestrator.pipeline import PIPELINE, Outcome, Setting, read_outcomes, run_plan, threads_of
+from orchestrator.pipeline import PIPELINE, Outcome, Setting, run_plan, threads_of
 from orchestrator.plan import Plan, make_plan
 from orchestrator.recipe import Recipe, report
-from orchestrator.stages.judge import sentence
+from orchestrator.report.html import write_report
+from orchestrator.runs import read_head, read_outcomes, update_head
+from orchestrator.stages.judge import combine
 from orchestrator.stages.train import Train
 from orchestrator.store import Store, replace_file
 from orchestrator.tracking import Recorder, Sender, tracking_uri
 
 SEND_SECONDS = 20.0  # how long the end of a run waits for the tracking server
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n seeds
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,6 @@ class RunResult:
     verdict: dict[str, Any] | None
     stages: list[dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         """The object that `run --json` prints."""
@@ -149,13 +146,20 @@ def execute(
     outcomes: list[Outcome] = []
     status = "FAILED"
     result: RunResult | None = None
+
+    def clock() -> dict[str, float]:
+        wall, computing = time.perf_counter() - begin, sum(outcome.computing for outcome in outcomes)
+        start_up = up - begin
+        return {"total": wall, "start_up": start_up, "computing": computing, "overhead": wall - start_up - computing}
+
     try:
         for plan in prepared.plans:
             setting = Setting(store, folder, recipe.resources, recorder, prepared.prefix(plan))
             outcomes += run_plan(plan, setting, workers=workers, notice=notice, finished=finished, **rounds)
-        result = _conclude(prepared, outcomes)
-        _record_verdict(prepared, result, recorder)
         status = "FINISHED"
+        update_head(folder, verdict=_verdict(outcomes), seconds=clock(), status=status)
+        result = _result(prepared, write_report(store, folder))
+        _record_result(prepared, result, recorder)
     except Interrupted:
         status = "KILLED"
         raise
@@ -165,12 +169,9 @@ def execute(
         late = sender.finish(SEND_SECONDS if status == "FINISHED" else 2.0)
         if late:
             notice(late)
-        wall = time.perf_counter() - begin
-        computing = sum(outcome.computing for outcome in outcomes)
-        seconds = {"total": wall, "start_up": up - begin, "computing": computing, "overhead": wall - (up - begin) - computing}
-        _update_head(folder, seconds=seconds, status=status, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        seconds = clock()
+        update_head(folder, seconds=seconds, status=status, finished=datetime.now(UTC).isoformat(timespec="seconds"))
     result.seconds = seconds
-    result.notices = [line for data in prepared.data[:1] for line in data.notices]
     return result
 
 
@@ -202,23 +203,10 @@ def _write_head(prepared: Prepared) -> None:
          "work": dict(s.work), "seed": plan.seed}
         for plan in prepared.plans for s in plan.stages
     ]  # fmt: skip
-    _update_head(folder, run=prepared.name, recipe=prepared.recipe.name, description=prepared.recipe.description,
+    update_head(folder, run=prepared.name, recipe=prepared.recipe.name, description=prepared.recipe.description,
                  seeds=[plan.seed for plan in prepared.plans], classes=list(prepared.plans[0].classes),
                  pixels=prepared.recipe.data.pixels, stages=stages, started=datetime.now(UTC).isoformat(timespec="seconds"),
                  status="RUNNING")  # fmt: skip
-
-
-def read_head(folder: Path) -> dict[str, Any]:
-    """What a run's folder says of it. Raises UserError when there is no such run."""
-    path = folder / "run.json"
-    if not path.exists():
-        raise UserError(f"run {folder.name}: not in this store; `orchestrator status` lists the runs")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _update_head(folder: Path, **values: Any) -> None:
-    known = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
-    replace_file(folder / "run.json", lambda part: write_json(part, {**known, **values}))
 
 
 def _record_head(prepared: Prepared, recorder: Recorder) -> None:
@@ -231,42 +219,25 @@ def _record_head(prepared: Prepared, recorder: Recorder) -> None:
     recorder.artifact(PIPELINE, prepared.folder / "recipe.yaml", "recipe.yaml")
 
 
-def _conclude(prepared: Prepared, outcomes: Sequence[Outcome]) -> RunResult:
-    verdicts = [outcome.facts for outcome in outcomes if outcome.kind == "Judge" and outcome.facts]
-    verdict = combine(verdicts) if verdicts else None
-    _update_head(prepared.folder, verdict=verdict)
+def _verdict(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+    """The last judge's verdict, over all seeds."""
+    judges = [outcome for outcome in outcomes if outcome.kind == "Judge" and outcome.facts]
+    return combine([outcome.facts for outcome in judges if outcome.name == judges[-1].name]) if judges else None
+
+
+def _result(prepared: Prepared, report_path: Path) -> RunResult:
     stages = [dict(line) for line in read_outcomes(prepared.folder, prepared.stage_names())]
-    from orchestrator.report.html import write_report
-
-    path = write_report(prepared.store, prepared.folder)
-    return RunResult(prepared.name, str(prepared.store.root), str(path), verdict, stages)
+    verdict = read_head(prepared.folder)["verdict"]
+    return RunResult(prepared.name, str(prepared.store.root), str(report_path), verdict, stages)
 
 
-def combine(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One verdict over seeds: means, and a t interval of the gain over seeds; a single seed's is its own bootstrap."""
-    first = dict(verdicts[0])
-    if len(verdicts) == 1:
-        return {**first, "seeds": 1}
-    gains = [v["gain"] for v in verdicts]
-    n, mean = len(gains), statistics.fmean(gains)
-    half = STUDENT_T.get(n, 2.2) * statistics.stdev(gains) / math.sqrt(n)
-    found = {
-        **first, "baseline": statistics.fmean(v["baseline"] for v in verdicts),
-        "final": statistics.fmean(v["final"] for v in verdicts), "gain": mean, "low": mean - half, "high": mean + half,
-        "seeds": n, "each": [{k: v[k] for k in ("baseline", "final", "gain", "low", "high")} for v in verdicts],
-    }  # fmt: skip
-    found["sentence"] = sentence(found).replace("test images", f"test images, {n} seeds")
-    return found
-
-
-def _record_verdict(prepared: Prepared, result: RunResult, recorder: Recorder) -> None:
+def _record_result(prepared: Prepared, result: RunResult, recorder: Recorder) -> None:
+    recorder.artifact(PIPELINE, prepared.folder / "report.html", "report.html")
     if result.verdict is None:
         return
     values = {f"verdict.{k}": float(result.verdict[k]) for k in ("baseline", "final", "gain", "low", "high")}
     recorder.metrics(PIPELINE, values, step=0)
     recorder.tags(PIPELINE, {"mlflow.note.content": result.verdict["sentence"]})
-    if result.report:
-        recorder.artifact(PIPELINE, Path(result.report), "report.html")
     best = result.verdict.get("scores", {}).get("final", {}).get("key")
     if best:
         recorder.model(PIPELINE, key=best, registered_name=prepared.recipe.name, alias="champion")

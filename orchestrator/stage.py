@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ class StopRound(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(ABC):
+class Stage:
     """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each with its own inputs."""
 
     version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently

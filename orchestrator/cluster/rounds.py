@@ -17,10 +17,11 @@ from orchestrator.cluster.connect import NAMESPACE
 from orchestrator.cluster.fit import RayWorkers
 from orchestrator.context import Interrupted, Workers
 from orchestrator.errors import UserError
-from orchestrator.pipeline import Outcome, Setting, read_outcomes, run_rounds
+from orchestrator.pipeline import Outcome, Setting, run_rounds
 from orchestrator.plan import Plan
 from orchestrator.recipe import parse
 from orchestrator.run import prepare
+from orchestrator.runs import read_outcomes
 from orchestrator.store import Store
 from orchestrator.tracking import Recorder
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from orchestrator.context import Context
 from orchestrator.data.images import Images
 from orchestrator.stage import Stage, Wiring
 from orchestrator.stages.train import Train
+
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,23 @@ def sentence(verdict: dict[str, Any]) -> str:
     if high < 0:
         return f"The unlabelled images did not help, they did harm ({numbers})."
     return f"The unlabelled images did not help measurably ({numbers}; the interval contains 0)."
+
+
+def combine(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One verdict over seeds: means, and a t interval of the gain over seeds; a single seed's is its own bootstrap."""
+    first = dict(verdicts[0])
+    if len(verdicts) == 1:
+        return {**first, "seeds": 1}
+    gains = [v["gain"] for v in verdicts]
+    n, mean = len(gains), statistics.fmean(gains)
+    half = STUDENT_T.get(n, 2.2) * statistics.stdev(gains) / math.sqrt(n)
+    found = {
+        **first, "baseline": statistics.fmean(v["baseline"] for v in verdicts),
+        "final": statistics.fmean(v["final"] for v in verdicts), "gain": mean, "low": mean - half, "high": mean + half,
+        "seeds": n, "each": [{k: v[k] for k in ("baseline", "final", "gain", "low", "high")} for v in verdicts],
+    }  # fmt: skip
+    found["sentence"] = sentence(found).replace("test images", f"test images, {n} seeds")
+    return found
 
 
 def _short(stage: Train) -> str:

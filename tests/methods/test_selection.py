@@ -8,8 +8,6 @@ from methods.selection import REASONS, select
 from methods.views.draws import Draws
 
 
-
-
 def draws(n, seed=0):
     return Draws.of(seed, 0, torch.arange(n))
 

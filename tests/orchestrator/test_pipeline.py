@@ -141,6 +141,7 @@ def test_a_full_disk_at_commit_is_one_line_and_nothing_is_lost(first, small, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     root = tmp_path / "s"
+    prepare(parse(small), root, label="small")  # the catalogue has a full-disk test of its own
     with monkeypatch.context() as patch:
         patch.setattr("orchestrator.store.os.rename", full)
         with pytest.raises(UserError, match="No space left on device.*run the same command again"):
@@ -176,9 +177,11 @@ def test_the_ledger_says_who_labelled_what_and_what_changed(first):
 
 def test_a_guard_that_stops_ends_the_rounds_and_the_teacher_is_the_final_model(small, tmp_path):
     rounds = "stages.students.stages.pseudo"
-    result = run(small, tmp_path / "s", f"{rounds}.min_confidence=0.9999999", f"{rounds}.guard=stop")
+    result = run(small, tmp_path / "s", f"{rounds}.min_confidence=0.9999999", f"{rounds}.guard=stop",
+                 "stages.verdict.inputs.arms=[students.0.student, students.1.student]")
     assert states(result)["students.0.pseudo"] == "skipped" and states(result)["students.1.student"] == "skipped"
     assert "reach min_confidence" in next(s["note"] for s in result.stages if s["name"] == "students.1.student")
+    assert not result.verdict["scores"].keys() - {"baseline", "final"}
     assert result.verdict["gain"] == 0 and "did not help measurably" in result.verdict["sentence"]
 
 
