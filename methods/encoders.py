@@ -163,7 +163,9 @@ class TimmConfig(EncoderConfig):
     def __post_init__(self) -> None:
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models(), n=3)
-            raise ValueError(f"name = {self.name}: timm has no such model{'; near: ' + ', '.join(near) if near else ''}")
+            raise ValueError(
+                f"name = {self.name}: timm has no such model{'; near: ' + ', '.join(near) if near else ''}"
+            )
 
 
 class Timm(Encoder):

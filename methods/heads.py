@@ -7,9 +7,7 @@ from torch import nn
 
 def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
     """Linear, batch norm, ReLU, linear: (B, dim) to (B, out), SimCLR's projector g(·) (section 2.1)."""
-    return nn.Sequential(
-        nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out)
-    )
+    return nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 def classifier(dim: int, classes: int, dropout: float) -> nn.Sequential:

@@ -32,7 +32,9 @@ class NoisyStudentConfig(MethodConfig):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} = {value}: must be in [0, 1)")
         if not self.unlabelled_weight > 0:
-            raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be > 0; use Supervised to leave it out")
+            raise ValueError(
+                f"unlabelled_weight = {self.unlabelled_weight}: must be > 0; use Supervised to leave it out"
+            )
 
 
 class NoisyStudent(Method):

@@ -56,4 +56,3 @@ class Supervised(Method):
     def logits(self, images: Tensor) -> Tensor:
         """Class logits (B, K) of images (B, 3, H, W) in [0, 1]."""
         return self.head(self.encoder(images))
-

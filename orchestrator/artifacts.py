@@ -14,7 +14,8 @@ import safetensors.torch
 from torch import Tensor
 
 from methods.base import Method
-from orchestrator.component import Component
+from orchestrator.component import Component, ConfigError
+from orchestrator.errors import UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,10 +72,15 @@ class Checkpoint(Artifact):
         return safetensors.torch.load_file(self.folder / "model.safetensors")
 
     def build(self) -> Method:
-        """The method with its weights, in eval mode, frozen."""
+        """The method with its weights, in eval mode, frozen. Raises UserError when its class is not to be found."""
         model = self.model
-        encoder = Component.from_json(model["encoder"])
-        method = Component.from_json(model["method"])
+        try:
+            encoder, method = Component.from_json(model["encoder"]), Component.from_json(model["method"])
+        except ConfigError as error:
+            raise UserError(
+                f"{self.folder / 'model.json'}: {error.problems[0][1]}; it was trained with a class of yours: run where that "
+                "class can be imported"
+            ) from error
         built = method.cls(encoder.cls(encoder.config), method.config, classes=len(model["classes"]))
         built.load_state_dict(self.state())
         return built.eval().requires_grad_(False)

@@ -58,9 +58,13 @@ def _load(
 def run(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (`orchestrator recipes`) or a YAML file.")],
     overrides: Overrides = None,
-    labelled: Annotated[str | None, typer.Option(help="Labelled images: class folders, Parquet, a manifest ...")] = None,
+    labelled: Annotated[
+        str | None, typer.Option(help="Labelled images: class folders, Parquet, a manifest ...")
+    ] = None,
     unlabelled: Annotated[str | None, typer.Option(help="Unlabelled images: a folder, Parquet, a manifest ...")] = None,
-    test: Annotated[str | None, typer.Option(help="Labelled test images; left out, a fifth of the labelled ones.")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Labelled test images; left out, a fifth of the labelled ones.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,7 +77,8 @@ def run(
     display = Display(sys.stderr if as_json else sys.stdout)
     prepared = prepare(checked, store, label=recipe, progress=display.reading)
     display.notices(prepared)
-    with _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()  # Ray prints lost workers
+    with aside, _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
         try:
             result = execute(
                 prepared, started=_STARTED, notice=display.notice, finished=display.finished, ready=display.ready
@@ -144,7 +149,9 @@ def status(
     folders = [_find_run(store, run)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
     if as_json:
-        _print_json([{**head, "stages": status_rows(store, folder)} for head, folder in zip(heads, folders, strict=True)])
+        _print_json(
+            [{**head, "stages": status_rows(store, folder)} for head, folder in zip(heads, folders, strict=True)]
+        )
         return
     display = Display(sys.stdout)
     if not heads:
@@ -155,7 +162,9 @@ def status(
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")] = "latest",
+    run: Annotated[
+        str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")
+    ] = "latest",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -166,7 +175,7 @@ def show(
     from orchestrator.runs import read_head
     from orchestrator.store import Store
 
-    opened, folder = Store.open(store), _find_run(store, run)
+    opened, folder = Store.open(store), _find_run(store.absolute(), run)
     head = read_head(folder)
     stages = status_rows(store, folder)
     report = str(write_report(opened, folder))
@@ -179,13 +188,21 @@ def show(
 
 @app.command()
 def labels(
-    run: Annotated[str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")] = "latest",
+    run: Annotated[
+        str, typer.Argument(help="A run, or the beginning of its name; `latest` is the last one.")
+    ] = "latest",
     round: Annotated[int | None, typer.Option(help="Round, from 0; left out, the last.")] = None,
     name: Annotated[str | None, typer.Option("--class", help="Only images the teacher takes for this class.")] = None,
     uncertain: Annotated[int | None, typer.Option(help="Only the N least confident.")] = None,
-    kept: Annotated[bool | None, typer.Option("--kept/--left-out", help="Only images the student learned from, or not.")] = None,
-    changed: Annotated[bool, typer.Option("--changed", help="Only images whose label changed since the round before.")] = False,
-    export: Annotated[Path | None, typer.Option(help="Write the images into this new folder by class, with labels.csv.")] = None,
+    kept: Annotated[
+        bool | None, typer.Option("--kept/--left-out", help="Only images the student learned from, or not.")
+    ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only images whose label changed since the round before.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the images into this new folder by class, with labels.csv.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,7 +241,11 @@ def predict(
         return
     writer = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
     for row in rows:
-        writer.writerow([row["path"], row["class"], f"{row['confidence']:.3f}"] if "class" in row else [row["path"], "", row["error"]])
+        writer.writerow(
+            [row["path"], row["class"], f"{row['confidence']:.3f}"]
+            if "class" in row
+            else [row["path"], "", row["error"]]
+        )
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 
@@ -249,7 +270,9 @@ def doctor(
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None, as_json: JsonOption = False) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None, as_json: JsonOption = False
+) -> None:
     """The shipped recipes, or one of them as YAML to start your own from."""
     import yaml
 
@@ -267,7 +290,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Only this method.")] = None, as_json: JsonOption = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this method.")] = None, as_json: JsonOption = False
+) -> None:
     """The methods and encoders a recipe may use, with paper, options and defaults."""
     from orchestrator.catalog import components
 
@@ -283,14 +308,19 @@ def methods(name: Annotated[str | None, typer.Argument(help="Only this method.")
     for component in found:
         print(f"{component['name']}  ({component['kind']}; use: {component['use']})\n    {component['source']}")
         for option in component["options"]:
-            print(f"    {option['name']}: {option['type']} = {option['default']}" + (f"   {option['doc']}" if option["doc"] else ""))
+            print(
+                f"    {option['name']}: {option['type']} = {option['default']}"
+                + (f"   {option['doc']}" if option["doc"] else "")
+            )
         print()
 
 
 @app.command()
 def ui(
     store: StoreOption = DEFAULT_STORE,
-    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than loopback opens it to the network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
 ) -> None:
     """The MLflow UI on this store, to compare runs, rounds and stages."""
@@ -344,7 +374,9 @@ def _find_run(store: Path, name: str) -> Path:
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 2 a mistake the user can mend, 130 stopped by Ctrl-C, 1 anything else."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
+    sys.path.insert(
+        0, os.getcwd()
+    )  # a recipe may name classes of the user's own, beside it; Ray hands this on to workers
     try:
         app()
     except UserError as error:

@@ -43,7 +43,9 @@ class Component:
     def from_json(value: dict[str, Any]) -> Component:
         """Validate `{use: ..., field: ...}`. Raises ConfigError."""
         if not isinstance(value, dict) or "use" not in value:
-            raise ConfigError([("", f"{value!r}: must be a mapping with `use:`, such as {{use: methods.simclr.SimCLR}}")])
+            raise ConfigError(
+                [("", f"{value!r}: must be a mapping with `use:`, such as {{use: methods.simclr.SimCLR}}")]
+            )
         cls = resolve(str(value["use"]), (Method, Encoder))
         return Component(str(value["use"]), validate(cls.Config, {k: v for k, v in value.items() if k != "use"}))
 

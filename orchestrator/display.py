@@ -22,14 +22,21 @@ from orchestrator.runs import read_head, read_outcomes
 from orchestrator.store import Store
 
 LINE_SECONDS = 15.0  # between progress lines where there is no terminal
-COLOURS = {"ran": "green", "resumed": "green", "stored": "cyan", "running": "yellow", "failed": "red", "skipped": "magenta"}
+COLOURS = {
+    "ran": "green",
+    "resumed": "green",
+    "stored": "cyan",
+    "running": "yellow",
+    "failed": "red",
+    "skipped": "magenta",
+}
 
 
 class Display:
     """Prints to a stream."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
+        self.console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200, soft_wrap=True)
         self.live = self.console.is_terminal
         self._reading: float | None = None
         self._watching: _Watch | None = None
@@ -74,7 +81,9 @@ class Display:
     def finished(self, outcome: Outcome) -> None:
         """A stage is done; where there is no table, that is a line."""
         if not self.live:
-            self.line(f"{outcome.name:24} {outcome.state:8} {outcome.seconds:7.1f} s  {headline(outcome.kind, outcome.facts)}")
+            self.line(
+                f"{outcome.name:24} {outcome.state:8} {outcome.seconds:7.1f} s  {headline(outcome.kind, outcome.facts)}"
+            )
 
     @contextlib.contextmanager
     def watch(self, prepared: Prepared) -> Iterator[None]:
@@ -108,13 +117,19 @@ class Display:
             self.line(f"report  {result.report}")
         self.line(f"store   {result.store}")
         place = "" if prepared.store.root.name == "orchestrator-store" else f" --store {prepared.store.root}"
-        self.line(f"next    orchestrator show {result.run}{place}    orchestrator labels {result.run}{place}    orchestrator ui{place}")
+        self.line(
+            f"next    orchestrator show {result.run}{place}    orchestrator labels {result.run}{place}    orchestrator ui{place}"
+        )
 
     def status(self, head: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], *, whole: bool) -> None:
         """One run: a line, or with `whole` its stages too."""
         done = sum(stage["state"] in ("ran", "stored", "resumed") for stage in stages)
         seconds = head.get("seconds")
-        spent = f"  {seconds['total']:.0f} s, {seconds['overhead']:.1f} s of them overhead after {seconds['start_up']:.1f} s start-up" if seconds else ""
+        spent = (
+            f"  {seconds['total']:.0f} s, {seconds['overhead']:.1f} s of them overhead after {seconds['start_up']:.1f} s start-up"
+            if seconds
+            else ""
+        )
         verdict = head.get("verdict")
         gain = f"  gain {100 * verdict['gain']:+.1f} points" if verdict else ""
         self.line(f"{head['run']:40} {head['status'].lower():9} {done}/{len(head['stages'])} stages{spent}{gain}")
@@ -123,7 +138,9 @@ class Display:
 
     def show(self, head: Mapping[str, Any], result: RunResult) -> None:
         """The numbers of a run."""
-        self.line(f"{result.run}  {head['status'].lower()}, started {head['started']}, seeds {', '.join(map(str, head['seeds']))}")
+        self.line(
+            f"{result.run}  {head['status'].lower()}, started {head['started']}, seeds {', '.join(map(str, head['seeds']))}"
+        )
         self.console.print(stage_table(result.stages))
         if result.verdict:
             self.console.print(Text(result.verdict["sentence"], style="bold"))
@@ -139,7 +156,11 @@ def headline(kind: str, facts: Mapping[str, Any]) -> str:
     if kind == "PseudoLabel" and facts:
         sure = facts.get("holdout_precision")
         changed = f", {facts['changed']:,} changed" if "changed" in facts else ""
-        return f"kept {facts['kept']:,} of {facts['images']:,}" + (f", {100 * sure:.1f} % right on the hold-out" if sure else "") + changed
+        return (
+            f"kept {facts['kept']:,} of {facts['images']:,}"
+            + (f", {100 * sure:.1f} % right on the hold-out" if sure else "")
+            + changed
+        )
     if kind == "Gate" and facts:
         return f"{facts['action']}: {facts['reason']}"
     if kind == "Judge" and facts:
@@ -207,7 +228,10 @@ def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:
 
 def _earlier_keys(store: Store, prepared: Prepared) -> dict[str, str]:
     """Stage name to key of the last run of this recipe."""
-    heads = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((store.root / "runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)]
+    heads = [
+        json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted((store.root / "runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+    ]
     for head in reversed(heads):
         if head["recipe"] == prepared.recipe.name and head["run"] != prepared.name:
             return {stage["name"]: stage["key"] for stage in head["stages"]}

@@ -11,6 +11,6 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" for the nearest known word, or an empty string when none is near."""
+    """ "; did you mean X?" for the nearest known word, or an empty string when none is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""

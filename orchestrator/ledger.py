@@ -35,20 +35,29 @@ def read(store: Store, folder: Path, round_number: int | None = None) -> tuple[p
 
 
 def filter_rows(
-    table: pa.Table, *, name: str | None = None, uncertain: int | None = None, kept: bool | None = None, changed: bool = False
+    table: pa.Table,
+    *,
+    name: str | None = None,
+    uncertain: int | None = None,
+    kept: bool | None = None,
+    changed: bool = False,
 ) -> pa.Table:
     """Rows of a class, kept or left out, changed, and of these the `uncertain` least confident. Raises UserError."""
     if name is not None:
         names = pc.unique(table["name"]).to_pylist()
         if name not in names:
-            raise UserError(f"--class {name}: no image is taken for it{nearest(name, names) or '; there are ' + ', '.join(names)}")
+            raise UserError(
+                f"--class {name}: no image is taken for it{nearest(name, names) or '; there are ' + ', '.join(names)}"
+            )
         table = table.filter(pc.equal(table["name"], name))
     if kept is not None:
         table = table.filter(pc.equal(pc.greater(table["copies"], 0), kept))
     if changed:
         table = table.filter(pc.fill_null(table["changed"], False))
     if uncertain is not None:
-        table = table.take(pc.sort_indices(table, sort_keys=[("confidence", "ascending"), ("id", "ascending")])[:uncertain])
+        table = table.take(
+            pc.sort_indices(table, sort_keys=[("confidence", "ascending"), ("id", "ascending")])[:uncertain]
+        )
     return table
 
 

@@ -71,13 +71,20 @@ class Setting:
         """Keep an outcome for whoever looks: the table, `status`, the report."""
         path = self.stage_file(outcome.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**asdict(outcome), "name": self.prefix + outcome.name, "time": time.time()}, ensure_ascii=False)
+        line = json.dumps(
+            {**asdict(outcome), "name": self.prefix + outcome.name, "time": time.time()}, ensure_ascii=False
+        )
         replace_file(path, lambda part: part.write_text(line, encoding="utf-8"))
 
 
 def threads_of(resources: Resources) -> int:
     """Threads a process uses: the machine's cores, shared by the workers, unless the recipe says."""
-    return resources.threads or max(1, len(os.sched_getaffinity(0)) // resources.workers)
+    return resources.threads or max(1, cores() // resources.workers)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_artifact(name: str, plan: Plan, store: Store) -> Artifact:
@@ -111,7 +118,9 @@ def gather_inputs(planned: Planned, plan: Plan, store: Store) -> dict[str, Any]:
     return found
 
 
-def run_stage(planned: Planned, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None]) -> Outcome:
+def run_stage(
+    planned: Planned, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None]
+) -> Outcome:
     """Answer one question, or find its answer.
 
     Raises:
@@ -155,7 +164,9 @@ def run_stage(planned: Planned, plan: Plan, setting: Setting, workers: Workers |
             artifact = store.commit(planned.key, artifact, manifest)
         except (Interrupted, StopRound) as stop:
             outcome.state = "interrupted" if isinstance(stop, Interrupted) else "skipped"
-            outcome.note = "stopped by you; run the same command to go on" if isinstance(stop, Interrupted) else str(stop)
+            outcome.note = (
+                "stopped by you; run the same command to go on" if isinstance(stop, Interrupted) else str(stop)
+            )
             setting.tell(outcome)
             _record_end(outcome, planned, setting, "KILLED")
             raise
@@ -183,7 +194,11 @@ def _record_start(planned: Planned, setting: Setting) -> None:
     if setting.recorder is None:
         return
     run, parent = setting.run_of(planned)
-    tags = {"stage": planned.kind, "key": planned.key, "method": planned.question["config"].get("method", {}).get("use", "")}
+    tags = {
+        "stage": planned.kind,
+        "key": planned.key,
+        "method": planned.question["config"].get("method", {}).get("use", ""),
+    }
     tags |= {f"input.{name}": ", ".join(keys) for name, keys in planned.question["inputs"].items()}  # lineage
     if planned.round is not None:
         tags["round"] = str(planned.round)
@@ -195,7 +210,9 @@ def _record_end(outcome: Outcome, planned: Planned, setting: Setting, status: Li
     if setting.recorder is None:
         return
     run, parent = setting.run_of(planned)
-    numbers = {k: float(v) for k, v in flat(outcome.facts).items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    numbers = {
+        k: float(v) for k, v in flat(outcome.facts).items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
     if numbers:
         setting.recorder.metrics(run, numbers, step=planned.round or 0)
     if parent != PIPELINE:
@@ -237,7 +254,9 @@ def run_rounds(
     if setting.recorder is not None:
         top = f"{setting.prefix}{group}"
         setting.recorder.start(top, parent=PIPELINE, name=group, tags={"stage": "rounds"}, params={})
-        for number in sorted({stage.round for stage in plan.stages if stage.group == group and stage.round is not None}):
+        for number in sorted(
+            {stage.round for stage in plan.stages if stage.group == group and stage.round is not None}
+        ):
             tags = {"stage": "round", "round": str(number)}
             setting.recorder.start(f"{top}.{number}", parent=top, name=f"{group} {number}", tags=tags, params={})
     for planned in (stage for stage in plan.stages if stage.group == group):

@@ -141,7 +141,11 @@ def why(planned: Planned, store: Store, before: str | None) -> tuple[str, str]:
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
     """What changed between two questions, as "path old → new", keys of inputs as "its input X changed"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [line for key in {**old, **new} for line in difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            line
+            for key in {**old, **new}
+            for line in difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+        ]
     if old == new:
         return []
     if path.startswith("inputs."):

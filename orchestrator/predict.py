@@ -33,7 +33,9 @@ def final_model(store: Store, folder: Path, stage: str | None = None) -> Checkpo
             raise UserError(f"run {folder.name}: no model is finished yet; `orchestrator status {folder.name}`")
         name = stage if stage is not None else finished[-1]
         if name not in stages:
-            raise UserError(f"stage {name}: not in {folder.name}{nearest(name, stages) or '; it has ' + ', '.join(stages)}")
+            raise UserError(
+                f"stage {name}: not in {folder.name}{nearest(name, stages) or '; it has ' + ', '.join(stages)}"
+            )
         key = stages[name]["key"]
         if not store.has(key):
             raise UserError(f"stage {name}: not finished yet; `orchestrator status {folder.name}`")
@@ -55,7 +57,11 @@ def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str 
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such file or folder")
-    files = [file for path in paths for file in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+    ]
     if not files:
         raise UserError(f"{paths[0]}: holds no files")
     method, classes, pixels = checkpoint.build(), checkpoint.classes, checkpoint.model["pixels"]
@@ -74,5 +80,9 @@ def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str 
                 probability = method.logits(torch.stack(images).float() / 255).softmax(dim=1)
             for row, p in zip(good, probability.tolist(), strict=True):
                 best = max(range(len(p)), key=p.__getitem__)
-                rows[row] |= {"class": classes[best], "confidence": p[best], "probabilities": dict(zip(classes, p, strict=True))}
+                rows[row] |= {
+                    "class": classes[best],
+                    "confidence": p[best],
+                    "probabilities": dict(zip(classes, p, strict=True)),
+                }
     return rows

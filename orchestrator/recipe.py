@@ -238,7 +238,9 @@ def _data(raw: Any, problems: list[tuple[str, str]]) -> DataConfig | None:
             if isinstance(value.get("without"), str):
                 value["without"] = [value["without"]]
         if isinstance(value, dict) and value.get("source") is None:
-            problems.append((f"data.{name}", f"no images given: add data.{name}=PATH, or {{from: SPLIT, fraction: 0.1}}"))
+            problems.append(
+                (f"data.{name}", f"no images given: add data.{name}=PATH, or {{from: SPLIT, fraction: 0.1}}")
+            )
             continue
         built = _validated(Split, value, f"data.{name}", problems)
         if built is not None:
@@ -285,7 +287,9 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
     where, before = f"stages.{name}", len(problems)
     for key in raw:
         if key not in ROUNDS:
-            problems.append((f"{where}.{key}", f"unknown{nearest(key, ROUNDS) or '; rounds have ' + ', '.join(ROUNDS)}"))
+            problems.append(
+                (f"{where}.{key}", f"unknown{nearest(key, ROUNDS) or '; rounds have ' + ', '.join(ROUNDS)}")
+            )
     count, carry, stages = raw.get("rounds"), raw.get("carry"), raw.get("stages")
     ladder = raw.get("ladder") or [{}]
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
@@ -293,9 +297,13 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
     if not isinstance(stages, dict) or not stages:
         problems.append((f"{where}.stages", "missing: the stages of one round"))
     if not isinstance(carry, dict) or "first" not in carry or len(carry) < 2:
-        problems.append((f"{where}.carry", "must say what a round hands on, such as {teacher: student, first: teacher}"))
+        problems.append(
+            (f"{where}.carry", "must say what a round hands on, such as {teacher: student, first: teacher}")
+        )
     if not isinstance(ladder, list) or not all(isinstance(rung, dict) for rung in ladder):
-        problems.append((f"{where}.ladder", "must be a list of overrides, one a round, such as {student.encoder.width: 1.5}"))
+        problems.append(
+            (f"{where}.ladder", "must be a list of overrides, one a round, such as {student.encoder.width: 1.5}")
+        )
     if len(problems) > before:
         return None
     gated = next(iter(carry.values()))  # the first alias is the teacher: its stage is what the gate judges
@@ -315,7 +323,9 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
             for part in path:
                 place = place.get(part) if isinstance(place, dict) else None
             if not isinstance(place, dict):
-                problems.append((f"{where}.ladder", f"{key} leads nowhere in stages{nearest(path[0] if path else key, stages)}"))
+                problems.append(
+                    (f"{where}.ladder", f"{key} leads nowhere in stages{nearest(path[0] if path else key, stages)}")
+                )
                 continue
             place[last] = value
         names = {stage: f"{name}.{number}.{stage}" for stage in stages}
@@ -398,7 +408,9 @@ def _check_wires(
                 elif not known.takes(kind):
                     example = next((n for n, k in answers.items() if known.takes(k)), None)
                     hint = f", such as {example}" if example else ""
-                    problems.append((path, f"{target} gives {kind.__name__}, {type(node.stage).__name__} needs {known.name}{hint}"))
+                    problems.append(
+                        (path, f"{target} gives {kind.__name__}, {type(node.stage).__name__} needs {known.name}{hint}")
+                    )
                 elif target == "test" and type(node.stage).__name__ != "Judge":
                     problems.append((path, "test is read once, at the end, by Judge alone; use holdout"))
             if len(targets) > 1 and not known.several and not issubclass(Images, known.kinds):
@@ -406,7 +418,9 @@ def _check_wires(
         answers[node.name] = answer_of(type(node.stage))
 
 
-def _kind(target: str, answers: Mapping[str, type], splits: Mapping[str, Any], rounds: Mapping[str, Rounds]) -> type | None:
+def _kind(
+    target: str, answers: Mapping[str, type], splits: Mapping[str, Any], rounds: Mapping[str, Rounds]
+) -> type | None:
     if target in splits:
         return Images
     if target in rounds:

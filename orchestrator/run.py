@@ -93,7 +93,9 @@ def prepare(
     threads = threads_of(recipe.resources)
     data, plans = [], []
     for offset in range(recipe.seeds):
-        opened = open_data(recipe.data, store.root / "data", seed=recipe.seed + offset, threads=threads, progress=progress)
+        opened = open_data(
+            recipe.data, store.root / "data", seed=recipe.seed + offset, threads=threads, progress=progress
+        )
         data.append(opened)
         plans.append(make_plan(recipe, opened, offset, label))
     return Prepared(recipe, label, store, tuple(plans), tuple(data))
@@ -241,5 +243,3 @@ def _record_result(prepared: Prepared, result: RunResult, recorder: Recorder) ->
     best = result.verdict.get("scores", {}).get("final", {}).get("key")
     if best:
         recorder.model(PIPELINE, key=best, registered_name=prepared.recipe.name, alias="champion")
-
-

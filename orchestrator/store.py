@@ -80,7 +80,9 @@ class Store:
             if root.is_file():
                 raise UserError(f"store {root}: is a file; give a folder with --store")
             if root.is_dir() and any(root.iterdir()):
-                raise UserError(f"store {root}: holds other files and no {MARKER}; give a new or empty folder with --store")
+                raise UserError(
+                    f"store {root}: holds other files and no {MARKER}; give a new or empty folder with --store"
+                )
         try:
             for name in ("artifacts", "work", "data", "runs"):
                 (root / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,9 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"store {root}: cannot be written ({error.strerror}); give another folder with --store") from error
+            raise UserError(
+                f"store {root}: cannot be written ({error.strerror}); give another folder with --store"
+            ) from error
         return Store(root)
 
     def folder(self, key: str) -> Path:
@@ -161,7 +165,9 @@ class Store:
         folder = artifact.folder
         try:
             names = sorted(path for path in folder.rglob("*") if path.is_file())
-            files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in names}
+            files = {
+                p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in names
+            }
             digest = content_digest(folder, artifact.facts)
             write_json(folder / "manifest.json", {"kind": artifact.kind, "key": key, "digest": digest,
                                                   "facts": artifact.facts, **manifest, "files": files})  # fmt: skip

@@ -12,7 +12,7 @@ from methods.base import Transform
 from methods.views.batch import check_images, resize, to_float
 from methods.views.crop import pad_crop
 from methods.views.draws import Draws
-from methods.views.randaugment import OPS, cutout, rand_augment
+from methods.views.randaugment import GREY, OPS, cutout, rand_augment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Augment:
     randaugment: float = 0.0  # magnitude M on a scale of 10, may exceed it; 0 is off
     randaugment_ops: int = 2  # operations in a row, N
     ops: tuple[str, ...] = OPS  # which RandAugment draws from, such as only geometric ones for digits
+    fill: int = GREY  # grey level of what an operation leaves empty: 0 suits pictures on black
     cutout: float = 0.0  # side of the grey square, fraction of the image's; 0 is off, 0.5 in the released code
 
     def __post_init__(self) -> None:
@@ -43,6 +44,8 @@ class Augment:
                 near = difflib.get_close_matches(op, OPS, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"ops = {op!r}: must be one of {', '.join(OPS)}{hint}")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"fill = {self.fill}: must be in [0, 255], a grey level")
         if not 0 <= self.cutout <= 1:
             raise ValueError(f"cutout = {self.cutout}: must be in [0, 1], a fraction of the side")
 
@@ -54,10 +57,15 @@ class Augment:
             images = resize(images, pixels)
             if self.randaugment:
                 images = rand_augment(
-                    images, draws.fork(0), magnitude=self.randaugment, count=self.randaugment_ops, ops=self.ops
+                    images,
+                    draws.fork(0),
+                    magnitude=self.randaugment,
+                    count=self.randaugment_ops,
+                    ops=self.ops,
+                    fill=self.fill,
                 )
             if self.cutout:
-                images = cutout(images, draws.fork(1), side=round(self.cutout * pixels))
+                images = cutout(images, draws.fork(1), side=round(self.cutout * pixels), fill=self.fill)
             if self.padding or self.flip:
                 images = pad_crop(images, draws.fork(2), padding=self.padding, flip=self.flip)
             return to_float(images)

@@ -27,10 +27,12 @@ VALUE_OPS = (
 )  # fmt: skip
 GEOMETRIC_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")  # each with a random sign
 OPS = (*VALUE_OPS, *GEOMETRIC_OPS, "cutout")
-GREY = 128  # fills what an operation leaves empty
+GREY = 128  # what fills, by default, what an operation leaves empty
 
 
-def rand_augment(images: Tensor, draws: Draws, *, magnitude: float, count: int = 2, ops: Sequence[str] = OPS) -> Tensor:
+def rand_augment(
+    images: Tensor, draws: Draws, *, magnitude: float, count: int = 2, ops: Sequence[str] = OPS, fill: int = GREY
+) -> Tensor:
     """`count` operations in a row, each drawn uniformly from `ops`, with replacement, and always applied.
 
     Args:
@@ -41,6 +43,7 @@ def rand_augment(images: Tensor, draws: Draws, *, magnitude: float, count: int =
             0.1 + 1.8 m; solarize_add int(110 m) below 128. Larger is weaker, as in the released code, for posterize,
             which keeps int(4 m) bits (none below M = 2.5: black), and solarize, which inverts from int(256 m) up.
         ops: names out of `OPS`.
+        fill: grey level, 0 to 255, of what geometric operations and cutout leave empty.
     Returns:
         uint8 (B, 3, H, W).
     """
@@ -54,15 +57,15 @@ def rand_augment(images: Tensor, draws: Draws, *, magnitude: float, count: int =
         images = _take_rows(images, rows)
         parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         changed = [
-            change_values(op, images[part], level, layer_draws[rows[part]])
+            change_values(op, images[part], level, layer_draws[rows[part]], fill)
             for op, part in zip(ops, parts, strict=False) if part.start < part.stop
         ]  # fmt: skip
-        changed.append(move(images[parts[-1]], _take_rows(sources, choice[rows[parts[-1]]])))
+        changed.append(move(images[parts[-1]], _take_rows(sources, choice[rows[parts[-1]]]), fill))
         images = _take_rows(torch.cat(changed), rows.argsort())
     return images
 
 
-def change_values(op: str, images: Tensor, level: float, draws: Draws) -> Tensor:
+def change_values(op: str, images: Tensor, level: float, draws: Draws, fill: int = GREY) -> Tensor:
     """One operation that is not geometric, on uint8 (B, 3, H, W), at level m = M / 10; draws (B,) place a cutout."""
     blend = 0.1 + 1.8 * level
     match op:
@@ -89,12 +92,12 @@ def change_values(op: str, images: Tensor, level: float, draws: Draws) -> Tensor
         case "sharpness":
             return adjust_sharpness(images, blend)
         case "cutout":
-            return cutout(images, draws.fork(0), side=2 * int(level / 8 * min(images.shape[2:])))
+            return cutout(images, draws.fork(0), side=2 * int(level / 8 * min(images.shape[2:])), fill=fill)
     raise ValueError(f"{op!r}: must be one of {', '.join(VALUE_OPS)}, cutout")
 
 
-def move(images: Tensor, source: Tensor) -> Tensor:
-    """Moves pixels: each is read from the place that `source` says, grey where that is outside.
+def move(images: Tensor, source: Tensor, fill: int = GREY) -> Tensor:
+    """Moves pixels: each is read from the place that `source` says, `fill` where that is outside.
 
     Args:
         images: uint8 (B, 3, H, W).
@@ -102,7 +105,7 @@ def move(images: Tensor, source: Tensor) -> Tensor:
     Returns:
         uint8 (B, 3, H, W).
     """
-    outside = torch.full((len(images), 3, 1), GREY, dtype=torch.uint8, device=images.device)
+    outside = torch.full((len(images), 3, 1), fill, dtype=torch.uint8, device=images.device)
     pixels = torch.cat([images.flatten(2), outside], dim=2)
     return pixels.gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
 
@@ -166,7 +169,7 @@ def adjust_sharpness(images: Tensor, factor: float) -> Tensor:
     return pixels.clamp_(0, 255).to(torch.uint8)
 
 
-def cutout(images: Tensor, draws: Draws, *, side: int) -> Tensor:
+def cutout(images: Tensor, draws: Draws, *, side: int, fill: int = GREY) -> Tensor:
     """Paints a grey square around a random pixel; what falls outside the image is lost.
 
     Args:
@@ -182,4 +185,4 @@ def cutout(images: Tensor, draws: Draws, *, side: int) -> Tensor:
         first = (chance * size).floor_() - side // 2
         place = torch.arange(size, device=images.device)
         covered.append((place >= first) & (place < first + side))
-    return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], GREY)
+    return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], fill)

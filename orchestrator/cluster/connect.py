@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.pipeline import cores
 from orchestrator.recipe import Resources
 
 NAMESPACE = "orchestrator"
@@ -22,11 +23,6 @@ _ENVIRONMENT = {
 }
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, str]]:
     """(field, message) of what can never fit on the machine or the joined cluster's head, before anything starts.
 
@@ -39,7 +35,9 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
         found.append(("resources.workers", f"{resources.workers} training workers need a core each, this machine has "
                                            f"{cores()}; use {cores()} or fewer"))  # fmt: skip
     if not joined and resources.labellers > cores():
-        found.append(("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}"))
+        found.append(
+            ("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}")
+        )
     for name, batch in batches.items():
         if batch % resources.workers:
             found.append((name, f"batch {batch} cannot be split evenly over resources.workers: {resources.workers}"))

@@ -26,7 +26,8 @@ class Labeller:
 
 def predict_in_pool(job: Forward, shards: list[Tensor], actors: int) -> list[Tensor]:
     """The outputs of every shard, in order, whatever actor answered."""
-    pool = [Labeller.remote(job) for _ in range(min(actors, max(1, len(shards))))]
+    kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
+    pool = [Labeller.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
     answers: dict[int, Tensor] = {}
     pending: dict[ray.ObjectRef, tuple[int, int]] = {}
     todo = iter(enumerate(shards))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import uuid
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -60,8 +62,10 @@ class RayWorkers:
                 logging_config=LoggingConfig(log_level="ERROR"),
             )  # fmt: skip
             try:
-                trainer = TorchTrainer(_in_group, train_loop_config={"job": travelling}, scaling_config=scaling, run_config=config)
-                return trainer.fit().return_value
+                trainer = TorchTrainer(
+                    _in_group, train_loop_config={"job": travelling}, scaling_config=scaling, run_config=config
+                )
+                return _beside(trainer).return_value
             except ray.exceptions.ActorDiedError:
                 if attempt + 1 == CONTROLLER_TRIES:
                     raise
@@ -76,6 +80,20 @@ class RayWorkers:
             run = job.open()
             return [run(rows) for rows in shards]
         return predict_in_pool(job, shards, self.resources.labellers)
+
+
+def _beside(trainer: TorchTrainer) -> ray.train.Result:
+    """`trainer.fit()` in a thread: in the main one it takes Ctrl-C over and aborts between two checkpoints."""
+    end: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            end.set_result(trainer.fit())
+        except BaseException as error:  # handed on to the caller, whatever it is
+            end.set_exception(error)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    return end.result()
 
 
 def _silent(line: str) -> None:

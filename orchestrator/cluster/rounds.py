@@ -39,7 +39,10 @@ class Coordinator:
         recipe = parse((folder / "recipe.yaml").read_text(encoding="utf-8"), label=run)
         prepared = prepare(recipe, store.root, label=run)
         self.plan = next(plan for plan in prepared.plans if plan.seed == seed)
-        self.group, self.setting = group, Setting(store, folder, recipe.resources, Recorder(folder), prepared.prefix(self.plan))
+        self.group, self.setting = (
+            group,
+            Setting(store, folder, recipe.resources, Recorder(folder), prepared.prefix(self.plan)),
+        )
         self.notices: list[str] = []
 
     def run(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Catalogue:
         return np.where(labelled, codes.fill_null(0).to_numpy()[rows], 0).astype(np.int64), labelled
 
     def sizes(self, side: str, rows: np.ndarray) -> np.ndarray:
-        """"width" or "height" in pixels, as decoded, of usable `rows`."""
+        """ "width" or "height" in pixels, as decoded, of usable `rows`."""
         return self.table[side].combine_chunks().fill_null(0).to_numpy()[rows]
 
     def bad(self) -> list[tuple[str, str]]:

@@ -92,9 +92,7 @@ def square(image: Image.Image, pixels: int) -> np.ndarray:
     if (width, height) != (pixels, pixels):
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (pixels, pixels), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-        )
+        image = image.resize((pixels, pixels), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

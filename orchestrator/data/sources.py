@@ -397,7 +397,7 @@ def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | N
 
 
 def _shard_prefix(name: str) -> str:
-    """"train" for train-00000-of-00004.parquet, train-0.parquet and train.parquet."""
+    """ "train" for train-00000-of-00004.parquet, train-0.parquet and train.parquet."""
     return re.sub(r"-\d+(-of-\d+)?$", "", name.removesuffix(".parquet"))
 
 
@@ -603,9 +603,13 @@ def _labels(
     text = pc.if_else(pc.is_in(text, value_set=pa.array(["", "-1"])), None, text)
     several = pc.index(pc.match_substring(text, ","), True).as_py()
     if several >= 0:
-        return nothing, (), (
-            f"{source}: row {several} has the label {text[several].as_py()!r}, which reads as several labels; "
-            "one class per image is needed: keep one, or drop such rows"
+        return (
+            nothing,
+            (),
+            (
+                f"{source}: row {several} has the label {text[several].as_py()!r}, which reads as several labels; "
+                "one class per image is needed: keep one, or drop such rows"
+            ),
         )
     label, classes = _encode(text.to_pylist())
     return label, classes, None

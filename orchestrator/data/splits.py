@@ -230,9 +230,7 @@ def _check_bad(source: str, bad: Sequence[tuple[str, str]], total: int, config: 
     )
 
 
-def _source_notices(
-    listing: Listing, catalogue: Catalogue, bad: Sequence[tuple[str, str]], labels: bool
-) -> list[str]:
+def _source_notices(listing: Listing, catalogue: Catalogue, bad: Sequence[tuple[str, str]], labels: bool) -> list[str]:
     source, about = listing.source, catalogue.about
     if not labels:
         what = ", its labels are not read" if about["classes"] or about["label_problem"] else ""
@@ -380,9 +378,7 @@ def _member(images: Images, others: Images) -> np.ndarray:
 # ---- draws
 
 
-def _draw(
-    name: str, split: Split, source: Images, images: Images, *, seed: int, by_class: bool, spare: bool
-) -> Images:
+def _draw(name: str, split: Split, source: Images, images: Images, *, seed: int, by_class: bool, spare: bool) -> Images:
     """The drawn part of `images`, which is what other splits left of `source`.
 
     Args:

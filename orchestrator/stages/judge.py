@@ -20,7 +20,17 @@ from orchestrator.data.images import Images
 from orchestrator.stage import Stage, Wiring
 from orchestrator.stages.train import Train
 
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n seeds
+STUDENT_T = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # 97.5 %, n seeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class Probe(Stage):
     """
 
     protocols: tuple[Literal["linear", "knn"], ...] = ("knn", "linear")
-    k: int = 20  # neighbours; 200 for large sets (Wu et al. 2018)
+    k: int = 20  # neighbours, at most as many as a class has labels on average; 200 for large sets (Wu et al. 2018)
     temperature: float = 0.07  # τ of the k-NN vote, same source
 
     def __post_init__(self) -> None:
@@ -52,12 +52,13 @@ class Probe(Stage):
         return Scores.write(context.output, scores)
 
     def _knn(self, train: Tensor, label: Tensor, queries: tuple[Tensor, Tensor] | None, classes: int) -> Tensor:
+        k = max(1, min(self.k, len(train) // classes - (queries is None)))
         if queries is not None:
-            shares = knn_predict(train, label, queries[0], k=self.k, temperature=self.temperature, classes=classes)
+            shares = knn_predict(train, label, queries[0], k=k, temperature=self.temperature, classes=classes)
             return shares.argmax(dim=1) == queries[1]
         similarity = F.normalize(train, dim=1) @ F.normalize(train, dim=1).T
         similarity.fill_diagonal_(-torch.inf)  # nobody votes for themselves
-        close, neighbour = similarity.topk(min(self.k, len(train) - 1), dim=1)
+        close, neighbour = similarity.topk(k, dim=1)
         votes = torch.zeros(len(train), classes)
         votes.scatter_add_(1, label[neighbour], (close / self.temperature).softmax(dim=1))
         return votes.argmax(dim=1) == label
@@ -65,7 +66,9 @@ class Probe(Stage):
     def _linear(self, train: Tensor, label: Tensor, queries: tuple[Tensor, Tensor] | None, classes: int) -> Tensor:
         fold = Draws.of(0, 0, torch.arange(1)).permutation(len(train))[0] % 5
         held = {decay: self._held_out(train, label, fold, classes, decay) for decay in WEIGHT_DECAYS}
-        best = max(WEIGHT_DECAYS, key=lambda decay: float(held[decay].float().mean()))  # chosen on labelled, never on test
+        best = max(
+            WEIGHT_DECAYS, key=lambda decay: float(held[decay].float().mean())
+        )  # chosen on labelled, never on test
         if queries is None:
             return held[best]
         return _predict(linear_probe(train, label, classes=classes, weight_decay=best), queries[0]) == queries[1]

@@ -64,12 +64,16 @@ class PseudoLabel(Stage):
         if trouble and self.guard == "stop":
             raise StopRound(f"{trouble}; lower min_confidence, train the teacher longer, or set guard: adapt")
         if trouble:
-            context.notice(f"{trouble}: took the most confident {self.adapt_share:.0%} of every predicted class instead")
+            context.notice(
+                f"{trouble}: took the most confident {self.adapt_share:.0%} of every predicted class instead"
+            )
             chosen = self._most_confident(probability)
         facts |= self._health(probability, chosen)
         if holdout is not None:
             facts |= self._precision(context.predict(teacher, holdout), holdout)
-        return Labels.write(context.output, self._rows(context, teacher, images, probability, chosen, previous, facts), facts)
+        return Labels.write(
+            context.output, self._rows(context, teacher, images, probability, chosen, previous, facts), facts
+        )
 
     def _trouble(self, chosen: Selection, probability: Tensor) -> str | None:
         kept = chosen.copies > 0
@@ -79,7 +83,9 @@ class PseudoLabel(Stage):
                     f"confident has {float(top.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
         share = torch.bincount(probability.argmax(dim=1)[kept], minlength=probability.shape[1]).max() / kept.sum()
         limit = self.max_class_share if probability.shape[1] > 2 else 0.999
-        return f"one class holds {float(share):.0%} of the kept images, more than {limit:.0%}" if share > limit else None
+        return (
+            f"one class holds {float(share):.0%} of the kept images, more than {limit:.0%}" if share > limit else None
+        )
 
     def _most_confident(self, probability: Tensor) -> Selection:
         confidence, label = probability.max(dim=1)

@@ -91,7 +91,9 @@ class Train(Stage):
             found.append(("accumulate", f"{self.accumulate}: {name} compares all images of a batch; use accumulate: 1"))
         for image in wiring.images.get("labelled", ()):
             if not image.labelled.all():
-                found.append(("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label"))
+                found.append(
+                    ("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label")
+                )
         return found
 
     def resolved(self, wiring: Wiring) -> dict[str, Any]:
@@ -234,7 +236,7 @@ class Fit:
             waited += step.waited
             number = step.number + 1
             if step.number % LOG_EVERY == 0 or number == total:
-                values = self._read(step.losses, step.number)
+                values = self._read(step.losses, step.number, parts)
                 curves += [(step.number, name, value) for name, value in values.items()]
                 curves.append((step.number, "learning_rate", step.rate))
                 elapsed = time.perf_counter() - since
@@ -255,21 +257,19 @@ class Fit:
                     raise Interrupted
         save(total)
 
-    def _read(self, losses: dict[str, Tensor], step: int) -> dict[str, float]:
+    def _read(self, losses: dict[str, Tensor], step: int, parts: int) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}
         bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if bad:
+        if _agree(bool(bad)) if parts > 1 else bad:  # all stop, or the others would wait for this one
+            found = f"{bad[0]} is {values[bad[0]]}" if bad else "another worker's loss is not finite"
             raise FloatingPointError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; the last "
-                f"checkpoint is kept"
+                f"{found} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; the last checkpoint is kept"
             )
         return values
 
 
-def _agree(wish: bool) -> bool:
-    """Whether any worker wishes it: all must save and stop at the same step."""
-    flag = torch.tensor(float(wish), device=device())
+def _agree(here: bool) -> bool:
+    """Whether it is so for any worker: all must save, stop and fail at the same step."""
+    flag = torch.tensor(float(here), device=device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-

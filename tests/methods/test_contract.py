@@ -20,7 +20,12 @@ def every_method():
     for info in pkgutil.iter_modules(methods.__path__):
         module = importlib.import_module(f"methods.{info.name}")
         for cls in vars(module).values():
-            if inspect.isclass(cls) and issubclass(cls, Method) and not inspect.isabstract(cls) and cls.__module__ == module.__name__:
+            if (
+                inspect.isclass(cls)
+                and issubclass(cls, Method)
+                and not inspect.isabstract(cls)
+                and cls.__module__ == module.__name__
+            ):
                 yield cls
 
 
@@ -34,7 +39,10 @@ def build(cls, norm="batch"):
 
 def batch_of(method, seed=0, rows=BATCH):
     rng = torch.Generator().manual_seed(seed)
-    images = {s: torch.randint(256, (rows, 3, PIXELS, PIXELS), generator=rng, dtype=torch.uint8) for s in ("labelled", "unlabelled")}
+    images = {
+        s: torch.randint(256, (rows, 3, PIXELS, PIXELS), generator=rng, dtype=torch.uint8)
+        for s in ("labelled", "unlabelled")
+    }
     index = torch.arange(rows)
     batch = {f"{name}.index": index for name in images}
     for number, view in enumerate(method.views(PIXELS)):

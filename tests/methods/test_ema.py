@@ -7,7 +7,9 @@ from torch import nn
 from methods.ema import averaged_copy, effective_decay, update_average
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (1, 0.181818), (10, 0.55), (100, 0.918182), (1000, 0.991089), (100_000, 0.9999)])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.1), (1, 0.181818), (10, 0.55), (100, 0.918182), (1000, 0.991089), (100_000, 0.9999)]
+)
 def test_early_steps_use_a_smaller_decay(step, expected):
     assert effective_decay(0.9999, step) == pytest.approx(expected, abs=1e-6)
 

@@ -25,7 +25,13 @@ def test_the_reference_backbone_has_the_specified_size_and_taps():
     encoder = SmallCNN(SmallCNNConfig())
     assert trainable(encoder) == 388_896
     shapes = {name: tuple(value.shape) for name, value in encoder.maps(torch.rand(2, 3, 32, 32)).items()}
-    assert shapes == {"c1": (2, 32, 32, 32), "c2": (2, 64, 16, 16), "c3": (2, 128, 8, 8), "c4": (2, 256, 4, 4), "gap": (2, 256)}
+    assert shapes == {
+        "c1": (2, 32, 32, 32),
+        "c2": (2, 64, 16, 16),
+        "c3": (2, 128, 8, 8),
+        "c4": (2, 256, 4, 4),
+        "gap": (2, 256),
+    }
 
 
 @pytest.mark.parametrize("encoder", [
@@ -40,7 +46,9 @@ def test_every_encoder_pools_its_last_tap_to_dim_on_non_square_images(encoder):
 
 
 def test_resnet18_with_the_imagenet_stem_is_the_published_network():
-    assert trainable(ResNet(ResNetConfig(depth=18))) == 11_176_512  # torchvision's 11,689,512 without its 513,000 of head
+    assert (
+        trainable(ResNet(ResNetConfig(depth=18))) == 11_176_512
+    )  # torchvision's 11,689,512 without its 513,000 of head
 
 
 def test_the_cifar_stem_keeps_full_resolution():

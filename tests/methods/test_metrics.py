@@ -9,14 +9,20 @@ from methods.metrics import expected_calibration_error, knn_predict, linear_prob
 
 def test_wilson_interval_by_hand_and_at_the_ends():
     assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1) and wilson_interval(0, 0) == (0, 1)
+    assert (
+        wilson_interval(0, 10)[0] == 0
+        and wilson_interval(10, 10)[1] == pytest.approx(1)
+        and wilson_interval(0, 0) == (0, 1)
+    )
 
 
 @pytest.mark.parametrize(("temperature", "share"), [(0.07, 0.736936), (0.1, 0.628532), (1.0, 0.361592)])
 def test_knn_vote_of_three_neighbours(temperature, share):
     cosines = torch.tensor([0.9, 0.8, 0.75], dtype=torch.float64)
     train = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1)
-    votes = knn_predict(train, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.0]]), k=3, temperature=temperature, classes=2)
+    votes = knn_predict(
+        train, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.0]]), k=3, temperature=temperature, classes=2
+    )
     assert votes[0, 0].item() == pytest.approx(share, abs=1e-5)
 
 

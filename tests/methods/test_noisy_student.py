@@ -19,17 +19,26 @@ def logits_with_loss(nats, rows):
 def test_the_joint_loss_is_the_mean_over_the_concatenated_batch(soft):
     target = torch.tensor([[1.0, 0.0]]).repeat(6, 1)
     losses = joint_loss(
-        logits_with_loss(0.9, 2), logits_with_loss(0.5, 6), label=torch.zeros(2, dtype=torch.long), target=target, soft=soft, smoothing=0.0
+        logits_with_loss(0.9, 2),
+        logits_with_loss(0.5, 6),
+        label=torch.zeros(2, dtype=torch.long),
+        target=target,
+        soft=soft,
+        smoothing=0.0,
     )
     assert losses["loss"].item() == pytest.approx(0.6)
-    assert losses["labelled_loss"].item() == pytest.approx(0.9) and losses["unlabelled_loss"].item() == pytest.approx(0.5)
+    assert losses["labelled_loss"].item() == pytest.approx(0.9) and losses["unlabelled_loss"].item() == pytest.approx(
+        0.5
+    )
 
 
 def test_the_labelled_part_does_not_change_when_unlabelled_images_are_added():
     torch.manual_seed(0)
     labelled, label = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     parts = [
-        joint_loss(labelled, torch.randn(n, 3), label=label, target=torch.randn(n, 3).softmax(1), soft=True, smoothing=0.1)["labelled_loss"]
+        joint_loss(
+            labelled, torch.randn(n, 3), label=label, target=torch.randn(n, 3).softmax(1), soft=True, smoothing=0.1
+        )["labelled_loss"]
         for n in (1, 8, 40)
     ]
     assert torch.equal(parts[0], parts[1]) and torch.equal(parts[1], parts[2])
@@ -37,7 +46,9 @@ def test_the_labelled_part_does_not_change_when_unlabelled_images_are_added():
 
 def test_soft_labels_are_not_smoothed_again():
     logits, target = torch.randn(5, 3), torch.randn(5, 3).softmax(dim=1)
-    losses = joint_loss(logits[:1], logits, label=torch.zeros(1, dtype=torch.long), target=target, soft=True, smoothing=0.3)
+    losses = joint_loss(
+        logits[:1], logits, label=torch.zeros(1, dtype=torch.long), target=target, soft=True, smoothing=0.3
+    )
     torch.testing.assert_close(losses["unlabelled_loss"], -(target * logits.log_softmax(dim=1)).sum(dim=1).mean())
 
 

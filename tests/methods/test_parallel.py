@@ -31,7 +31,9 @@ def batch_of(method, rows):
     rng = torch.Generator().manual_seed(1)
     images = torch.randint(256, (ROWS, 3, 16, 16), generator=rng, dtype=torch.uint8)
     index = torch.arange(ROWS)
-    batch = {v.name: v.transform(images, Draws.of(0, 0, index, n))[rows].double() for n, v in enumerate(method.views(16))}
+    batch = {
+        v.name: v.transform(images, Draws.of(0, 0, index, n))[rows].double() for n, v in enumerate(method.views(16))
+    }
     return {**batch, "label": index[rows] % 3, "target": torch.randn(ROWS, 3, generator=rng).softmax(1)[rows].double()}
 
 

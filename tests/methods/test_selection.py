@@ -19,12 +19,17 @@ def test_more_than_the_limit_keeps_the_most_confident_once():
     p = torch.stack([torch.tensor(A), torch.full((6,), 0.1)], dim=1)
     chosen = select(p, min_confidence=0.3, per_class=3, balance="limit", draws=draws(6))
     assert chosen.copies.tolist() == [1, 1, 1, 0, 0, 0]
-    assert [REASONS[r] for r in chosen.reason.tolist()] == ["kept"] * 3 + ["over class limit"] * 2 + ["below confidence"]
+    assert [REASONS[r] for r in chosen.reason.tolist()] == ["kept"] * 3 + ["over class limit"] * 2 + [
+        "below confidence"
+    ]
 
 
 def test_fewer_than_the_limit_are_repeated_one_and_a_half_times_on_average():
     p = torch.stack([torch.full((2,), 0.1), torch.tensor(B)], dim=1)
-    totals = [select(p, min_confidence=0.3, per_class=3, balance="replicate", draws=draws(2, seed)).copies for seed in range(400)]
+    totals = [
+        select(p, min_confidence=0.3, per_class=3, balance="replicate", draws=draws(2, seed)).copies
+        for seed in range(400)
+    ]
     copies = torch.stack(totals).double()
     assert set(copies.unique().tolist()) == {1.0, 2.0}
     assert (copies.mean(dim=0) - 1.5).abs().max() < 4 * 0.5 / 400**0.5
@@ -46,7 +51,10 @@ def test_two_shards_give_the_same_selection_as_one(seed, n, limit):
 @given(seed=st.integers(0, 1000), low=st.floats(0.2, 0.6), more=st.floats(0, 0.4))
 def test_a_higher_threshold_never_keeps_more(seed, low, more):
     p = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
-    kept = [(select(p, min_confidence=c, per_class=None, balance="none", draws=draws(50)).copies > 0) for c in (low, low + more)]
+    kept = [
+        (select(p, min_confidence=c, per_class=None, balance="none", draws=draws(50)).copies > 0)
+        for c in (low, low + more)
+    ]
     assert not (kept[1] & ~kept[0]).any()
 
 

@@ -159,7 +159,11 @@ def test_a_student_starts_from_a_fresh_initialisation(first):
     store = Store.open(first[0])
     keys = {s["name"]: s["key"] for s in first[1].stages}
     teacher, student = (store.open_artifact(keys[name]).state() for name in ("teacher", "students.0.student"))
-    assert all(not torch.equal(teacher[name], student[name]) for name in teacher if name.endswith("weight") and teacher[name].ndim > 1)
+    assert all(
+        not torch.equal(teacher[name], student[name])
+        for name in teacher
+        if name.endswith("weight") and teacher[name].ndim > 1
+    )
 
 
 def test_the_ledger_says_who_labelled_what_and_what_changed(first):
@@ -167,18 +171,27 @@ def test_the_ledger_says_who_labelled_what_and_what_changed(first):
     keys = {s["name"]: s["key"] for s in first[1].stages}
     rounds = [store.open_artifact(keys[f"students.{k}.pseudo"]) for k in (0, 1)]
     tables = [labels.table() for labels in rounds]
-    assert set(tables[0]["teacher"].to_pylist()) == {keys["teacher"]} and tables[0]["changed"].null_count == len(tables[0])
+    assert set(tables[0]["teacher"].to_pylist()) == {keys["teacher"]} and tables[0]["changed"].null_count == len(
+        tables[0]
+    )
     before = dict(zip(tables[0]["id"].to_pylist(), tables[0]["class"].to_pylist(), strict=True))
     for row in tables[1].select(["id", "class", "changed", "probabilities", "confidence"]).to_pylist():
         assert row["changed"] == (before[row["id"]] != row["class"])
-        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-4) and max(row["probabilities"]) == row["confidence"]
+        assert (
+            sum(row["probabilities"]) == pytest.approx(1, abs=1e-4) and max(row["probabilities"]) == row["confidence"]
+        )
     assert rounds[1].facts["changed"] == sum(tables[1]["changed"].to_pylist())
 
 
 def test_a_guard_that_stops_ends_the_rounds_and_the_teacher_is_the_final_model(small, tmp_path):
     rounds = "stages.students.stages.pseudo"
-    result = run(small, tmp_path / "s", f"{rounds}.min_confidence=0.9999999", f"{rounds}.guard=stop",
-                 "stages.verdict.inputs.arms=[students.0.student, students.1.student]")
+    result = run(
+        small,
+        tmp_path / "s",
+        f"{rounds}.min_confidence=0.9999999",
+        f"{rounds}.guard=stop",
+        "stages.verdict.inputs.arms=[students.0.student, students.1.student]",
+    )
     assert states(result)["students.0.pseudo"] == "skipped" and states(result)["students.1.student"] == "skipped"
     assert "reach min_confidence" in next(s["note"] for s in result.stages if s["name"] == "students.1.student")
     assert not result.verdict["scores"].keys() - {"baseline", "final"}
@@ -190,7 +203,10 @@ def test_a_guard_that_adapts_takes_the_most_confident_of_every_predicted_class(s
     store = Store.open(tmp_path / "s")
     facts = store.open_artifact(next(s["key"] for s in result.stages if s["name"] == "students.0.pseudo")).facts
     assert "only 0 of 1387 images" in facts["guard"] and facts["kept"] > 0
-    assert all((kept > 0) == (predicted > 0) for kept, predicted in zip(facts["kept_by_class"], facts["predicted_by_class"], strict=True))
+    assert all(
+        (kept > 0) == (predicted > 0)
+        for kept, predicted in zip(facts["kept_by_class"], facts["predicted_by_class"], strict=True)
+    )
 
 
 @pytest.mark.parametrize(("otherwise", "action"), [("keep", "kept"), ("stop", "stopped")])
@@ -207,7 +223,9 @@ def test_a_worse_student_is_refused_and_the_rounds_go_on_or_end(small, tmp_path,
 
 
 def test_a_baseline_with_other_steps_or_another_encoder_is_refused(small, tmp_path):
-    with pytest.raises(UserError, match="stages.verdict.inputs.baseline .*trains for 9 steps, the final model for 8 steps"):
+    with pytest.raises(
+        UserError, match="stages.verdict.inputs.baseline .*trains for 9 steps, the final model for 8 steps"
+    ):
         run(small, tmp_path / "s", "stages.teacher.steps=9")
     with pytest.raises(UserError, match="its encoder .* is not the final model's"):
         run(small, tmp_path / "s", "stages.teacher.encoder.width=0.5")

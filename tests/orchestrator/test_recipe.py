@@ -98,7 +98,10 @@ def test_a_mistake_names_its_place_and_what_to_do(override, expected):
 
 
 def test_overrides_reach_any_field_and_change_one_place():
-    recipe = parse(GOOD, overrides=["stages.teacher.encoder.width=1.5", "data.labelled.per_class=3", "seeds=2", "resources.workers=2"])
+    recipe = parse(
+        GOOD,
+        overrides=["stages.teacher.encoder.width=1.5", "data.labelled.per_class=3", "seeds=2", "resources.workers=2"],
+    )
     assert recipe.node("teacher").stage.encoder.config.width == 1.5
     assert recipe.node("students.0.student").stage.encoder.config.width == 0.5
     assert recipe.data.splits["labelled"].per_class == 3 and recipe.seeds == 2 and recipe.resources.workers == 2
@@ -118,7 +121,11 @@ def test_what_a_recipe_keeps_runs_again_as_the_same_recipe():
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_recipe_is_valid_on_given_data(name):
-    given = ["data.labelled=digits/train", "data.unlabelled=digits/train"] if name in ("noisy-student", "simclr-noisy-student") else []
+    given = (
+        ["data.labelled=digits/train", "data.unlabelled=digits/train"]
+        if name in ("noisy-student", "simclr-noisy-student")
+        else []
+    )
     assert load(name, given).name == name
 
 

@@ -28,7 +28,7 @@ from orchestrator.report.reading import arms_of, predictions_of, read_run
 from orchestrator.run import combine, execute, prepare
 from orchestrator.store import Store
 
-HOSTILE = ("<img src=x onerror=alert(1)>", "'><script>alert(1)<script>", "$x_{1}$ & \"déjà\" 数字")  # class folders
+HOSTILE = ("<img src=x onerror=alert(1)>", "'><script>alert(1)<script>", '$x_{1}$ & "déjà" 数字')  # class folders
 
 RECIPE = """
 name: hostile

@@ -95,9 +95,7 @@ def test_count_beyond_the_source_says_what_there_is(tmp_path):
         opened(tmp_path, {"unlabelled": Split(source=str(data), count=5)})
 
 
-@given(
-    share=st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(lambda share: sum(share) > 0), data=st.data()
-)
+@given(share=st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(lambda share: sum(share) > 0), data=st.data())
 def test_apportioning_keeps_the_total_and_the_limits(share, data):
     share = np.array(share)
     most = np.array([data.draw(st.integers(0, int(n))) for n in share])
