@@ -19,4 +19,5 @@ test-all: .venv/.ready  ## everything, faults and short trainings too
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy

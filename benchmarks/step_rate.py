@@ -6,17 +6,17 @@ Wall clock of two threads, batch 128 at 32 px, SGD, the same encoder class and p
 from decoded images in memory to the updated weights. Three contestants for each encoder:
 
 - ours: `train_steps` over a `Stream`, channels-last, in the precision `auto_precision` gives;
-- lightly, float32: its SimCLRTransform for each PIL image in a DataLoader with two workers, its NTXentLoss, and the plain
-  loop of its documentation: nothing but defaults;
+- lightly, float32: its SimCLRTransform for each PIL image in a DataLoader with two workers, its NTXentLoss, and the
+  plain loop of its documentation: nothing but defaults;
 - lightly, tuned: the same, given our precision and memory layout, which a user can switch on as well.
 
-Each contestant lives in a process of its own, since some of what makes a step fast belongs to the whole process, and they
-take turns within each round; ratios are the median of each round's, since a shared machine drifts. Every turn begins with
-steps that are not timed, so that the loader workers' queue is in its steady state, and ends with the workers, so that none
-of their work falls into another's turn. Beside the wall clock stand core-seconds, the CPU time of the process and its
-workers: where other programs run, they say more, above all with `--threads 1`, since two threads burn time waiting for
-each other. The images are CIFAR-10's test split where the environment variable ORCHESTRATOR_DATA names a folder with
-`cifar10/test-*.parquet`, otherwise smooth noise.
+Each contestant lives in a process of its own, since some of what makes a step fast belongs to the whole process, and
+they take turns within each round; ratios are the median of each round's, since a shared machine drifts. Every turn
+begins with steps that are not timed, so that the loader workers' queue is in its steady state, and ends with the
+workers, so that none of their work falls into another's turn. Beside the wall clock stand core-seconds, the CPU time of
+the process and its workers: where other programs run they say more, above all with `--threads 1`, since two threads
+burn time waiting for each other. The images are CIFAR-10's test split where the environment variable ORCHESTRATOR_DATA
+names a folder with `cifar10/test-*.parquet`, otherwise smooth noise.
 """
 
 from __future__ import annotations
@@ -78,11 +78,8 @@ def main() -> None:
         load = os.getloadavg()[0]
         print(f"batch {BATCH} of {len(images):,} images of {PIXELS} px ({source})")
         print(f"{options.threads} threads of {cpu_name()}; {rounds} rounds; load average {load:.1f} at the start")
-        print(
-            f"torch {torch.__version__}, "
-            + (f"lightly {version} with {WORKERS} loader workers" if version else "no lightly")
-        )
-        print(missing, end="", flush=True)
+        print(f"torch {torch.__version__}")
+        print(missing or f"lightly {version} with {WORKERS} loader workers", flush=True)
         record: dict = {
             "images": source, "cpu": cpu_name(), "torch": torch.__version__, "lightly": version,
             "threads": options.threads, "load_at_start": load, "encoders": {},
@@ -121,9 +118,8 @@ def compare(name: str, images: Images, *, rounds: int, steps: int, threads: int,
     finally:
         for contestant in contestants.values():
             contestant.end()
-    print(
-        f"\n{f'{name}, {steps} timed steps a turn':34}{'steps/s':>9}{'lowest':>9}{'highest':>9}{'core-s':>9}{'loss':>9}"
-    )
+    title = f"{name}, {steps} timed steps a turn"
+    print(f"\n{title:34}{'steps/s':>9}{'lowest':>9}{'highest':>9}{'core-s':>9}{'loss':>9}")
     for key in contestants:
         rates = sorted(1 / seconds for seconds in wall[key])
         print(f"{key:34}{statistics.median(rates):9.3f}{rates[0]:9.3f}{rates[-1]:9.3f}"
@@ -145,7 +141,7 @@ def compare(name: str, images: Images, *, rounds: int, steps: int, threads: int,
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn's timed steps took, in seconds, and the last loss. `core`: CPU time of the process and its workers."""
+    """What a turn's timed steps took, in seconds of the clock and of CPU time of all processes, and the last loss."""
 
     wall: float
     core: float
@@ -297,10 +293,7 @@ def find_lightly() -> tuple[str, str | None]:
             import lightly.loss
             import lightly.transforms
     except ImportError as error:
-        return (
-            f"lightly is not installed, so there is nothing to compare with: see benchmarks/README.md ({error})\n",
-            None,
-        )
+        return f"lightly is not installed, so ours runs alone: see benchmarks/README.md ({error})", None
     return "", lightly.__version__
 
 

@@ -38,7 +38,9 @@ class View:
 
 
 class Method(nn.Module, ABC):
-    """One method, made as `cls(encoder, config, classes=K)`, K = 0 without labels. `state_dict()` is its state, all of it: a teacher, a bank or a centre is a submodule or a buffer.
+    """One method, made as `cls(encoder, config, classes=K)`, K = 0 without labels.
+
+    `state_dict()` is its state, all of it: a teacher, a bank or a centre is a submodule or a buffer.
 
     `progress` is the share of training done, in [0, 1). A batch maps each view's name to (B, 3, H, W), and, for each
     stream, "<stream>.index" (B,); a labelled stream brings "label", (B,) int64; pseudo-labels of an unlabelled stream

@@ -33,6 +33,8 @@ class Encoder(nn.Module, ABC):
     Config: ClassVar[type[EncoderConfig]]
     dim: int
     taps: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ def survival(blocks: int, last: float) -> tuple[float, ...]:
 
 
 def set_drop_path(encoder: nn.Module, rate: float) -> None:
-    """Stochastic depth, per sample, with linear decay to `rate` at the last block; blocks without an identity skip stay.
+    """Stochastic depth per sample, with linear decay to `rate` at the last block; blocks without an identity skip stay.
 
     Raises:
         ValueError: rate > 0 and the encoder has no residual block that could be skipped.
@@ -88,7 +90,7 @@ class SmallCNNConfig(EncoderConfig):
 
 
 class SmallCNN(Encoder):
-    """Four conv blocks, channels 32-64-128-256, strides 1, 2, 2, 2: the reference small backbone for 32-pixel images."""
+    """Four conv blocks, channels 32-64-128-256, strides 1, 2, 2, 2: the small reference trunk for 32-pixel images."""
 
     Config = SmallCNNConfig
 

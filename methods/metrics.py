@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion, Wilson 1927: sensible at 0 and 1 too. wilson_interval(5, 10) is (0.2366, 0.7634)."""
+    """95 % interval of a proportion, Wilson 1927: sensible at 0 and 1. wilson_interval(5, 10) is (0.2366, 0.7634)."""
     if n == 0:
         return 0.0, 1.0
     share, z2 = correct / n, z * z
@@ -28,10 +28,10 @@ def paired_bootstrap(better: Tensor, worse: Tensor, *, resamples: int = 10_000, 
     difference = (better - worse).double()
     generator = torch.Generator().manual_seed(seed)
     n = len(difference)
+    part = max(1, 4_000_000 // n)  # resamples at a time, for the memory's sake
+    parts = [part] * (resamples // part) + [resamples % part]
     means = torch.cat([
-        difference[torch.randint(n, (part, n), generator=generator)].mean(dim=1)
-        for part in [max(1, 4_000_000 // n)] * (resamples // max(1, 4_000_000 // n)) + [resamples % max(1, 4_000_000 // n)]
-        if part
+        difference[torch.randint(n, (part, n), generator=generator)].mean(dim=1) for part in parts if part
     ])  # fmt: skip
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -26,8 +26,8 @@ class Selection:
 
 
 def select(
-    probability: Tensor, *, min_confidence: float, per_class: int | None, balance: Literal["none", "limit", "replicate"],
-    draws: Draws,
+    probability: Tensor, *, min_confidence: float, per_class: int | None,
+    balance: Literal["none", "limit", "replicate"], draws: Draws,
 ) -> Selection:  # fmt: skip
     """Keep confident images, then at most (limit) or exactly (replicate) `per_class` of each predicted class.
 

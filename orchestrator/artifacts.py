@@ -25,7 +25,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An answer in a folder. `facts` are small plain values, equal for equal answers; `key` is set once it is stored."""
+    """An answer in a folder. `facts` are small plain values, equal for equal answers; `key` is set once stored."""
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Checkpoint(Artifact):
         model = {"encoder": encoder.to_json(), "method": method.to_json(), "classes": list(classes), "pixels": pixels,
                  "precision": precision}  # fmt: skip
         write_json(folder / "model.json", model)
-        columns = list(zip(*curves, strict=True)) if curves else [[], [], []]
+        columns = list(zip(*curves, strict=True)) if curves else [(), (), ()]
         pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, Checkpoint.SCHEMA, strict=True)],
                                 schema=Checkpoint.SCHEMA), folder / "curves.parquet")  # fmt: skip
         return Checkpoint(folder, facts)
@@ -78,8 +78,8 @@ class Checkpoint(Artifact):
             encoder, method = Component.from_json(model["encoder"]), Component.from_json(model["method"])
         except ConfigError as error:
             raise UserError(
-                f"{self.folder / 'model.json'}: {error.problems[0][1]}; it was trained with a class of yours: run where that "
-                "class can be imported"
+                f"{self.folder / 'model.json'}: {error.problems[0][1]}; it was trained with a class of yours: "
+                "run where that class can be imported"
             ) from error
         built = method.cls(encoder.cls(encoder.config), method.config, classes=len(model["classes"]))
         built.load_state_dict(self.state())

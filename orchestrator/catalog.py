@@ -24,9 +24,11 @@ def components() -> list[dict[str, Any]]:
             concrete = inspect.isclass(cls) and issubclass(cls, (Method, Encoder)) and not inspect.isabstract(cls)
             if concrete and cls.__module__ == module.__name__:
                 doc = inspect.getdoc(module if issubclass(cls, Method) else cls) or ""
-                found.append({"name": name, "use": f"{module.__name__}.{name}",
-                              "kind": "method" if issubclass(cls, Method) else "encoder",
-                              "source": doc.split("\n\n")[0].replace("\n", " "), "options": _options(cls.Config)})  # fmt: skip
+                found.append({
+                    "name": name, "use": f"{module.__name__}.{name}",
+                    "kind": "method" if issubclass(cls, Method) else "encoder",
+                    "source": doc.split("\n\n")[0].replace("\n", " "), "options": _options(cls.Config),
+                })  # fmt: skip
     return sorted(found, key=lambda c: (c["kind"] != "method", c["name"]))
 
 

@@ -35,8 +35,9 @@ StoreOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any field of the recipe, e.g. seeds=3 or stages.teacher.steps=200")
-]  # fmt: skip
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Any field of the recipe, e.g. seeds=3 or stages.teacher.steps=200"),
+]
 DEFAULT_STORE = Path("orchestrator-store")
 
 

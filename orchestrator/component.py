@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -63,7 +63,7 @@ def to_plain(config: Any) -> Any:
     return config
 
 
-def resolve(path: str, bases: tuple[type, ...]) -> type:
+def resolve(path: str, bases: tuple[type, ...]) -> type[Any]:
     """The class at a full path such as methods.simclr.SimCLR. Raises ConfigError when it is none of `bases`."""
     module_name, _, name = path.rpartition(".")
     wanted = " or ".join(base.__name__ for base in bases)
@@ -79,7 +79,7 @@ def resolve(path: str, bases: tuple[type, ...]) -> type:
     return found
 
 
-def _usable(value: Any, bases: tuple[type, ...]) -> bool:
+def _usable(value: Any, bases: tuple[type, ...]) -> TypeGuard[type[Any]]:
     """Whether it is a class that can be made: one of `bases`, but neither a base itself nor abstract."""
     return inspect.isclass(value) and issubclass(value, bases) and value not in bases and not inspect.isabstract(value)
 
@@ -100,7 +100,7 @@ def _close(cls: Any, seen: set[type]) -> None:
 
 
 def validate(cls: type, values: dict[str, Any]) -> Any:
-    """Build dataclass `cls` from plain values: types checked, unknown keys refused. Raises ConfigError with them all."""
+    """Build a dataclass from plain values: types checked, unknown keys refused. Raises ConfigError with all problems."""
     _close(cls, set())
     problems: list[tuple[str, str]] = []
     values, hints = dict(values), get_type_hints(cls)
@@ -112,6 +112,7 @@ def validate(cls: type, values: dict[str, Any]) -> Any:
                 problems += [(_join(name, path), message) for path, message in error.problems]
                 values.pop(name)
                 hints = {k: v for k, v in hints.items() if k != name}
+    built: Any = None
     try:
         built = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -121,7 +122,6 @@ def validate(cls: type, values: dict[str, Any]) -> Any:
             if item["type"].startswith("missing") and where and where[-1] in missing_is_known:
                 continue
             problems.append((".".join(where), _explain(cls, where, item)))
-        built = None
     if problems:
         raise ConfigError(problems)
     return built
@@ -135,7 +135,7 @@ def _explain(cls: type, where: list[str], item: Any) -> str:
     owner: Any = cls
     for part in where[:-1]:
         owner = next((h for h in _flatten(get_type_hints(owner).get(part))), owner) if inspect.isclass(owner) else owner
-    fields = dataclass_fields(owner) if dataclasses.is_dataclass(owner) else []
+    fields = dataclass_fields(owner) if inspect.isclass(owner) and dataclasses.is_dataclass(owner) else []
     if item["type"] == "unexpected_keyword_argument":
         return f"unknown{nearest(where[-1], fields)} {owner.__name__} has {', '.join(fields)}".replace(
             "unknown ", "unknown; " if not nearest(where[-1], fields) else "unknown "

@@ -114,7 +114,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass of a checkpoint over images: `open()` makes the model resident, its result maps rows to outputs."""
+    """A forward pass of a checkpoint over images: `open()` loads the model, its result maps rows to outputs."""
 
     checkpoint: Checkpoint
     images: Images
@@ -123,7 +123,7 @@ class Forward:
     def open(self) -> Callable[[Tensor], Tensor]:
         """Load the model once; then rows (B,) int64 to float32 (B, ...), on the CPU."""
         where = device()
-        method = self.checkpoint.build().to(where, memory_format=torch.channels_last)
+        method = self.checkpoint.build().to(where).to(memory_format=torch.channels_last)
         verb = getattr(method, self.verb)
         precision = self.checkpoint.model["precision"]
 

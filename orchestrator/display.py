@@ -111,25 +111,24 @@ class Display:
             self.console.print()
             self.console.print(Text(result.verdict["sentence"], style="bold"))
         seconds = result.seconds
-        self.line(f"\n{seconds['total']:.0f} s, of these {seconds['start_up']:.0f} s start-up, {seconds['computing']:.0f} s training and "
-                  f"labelling, {seconds['overhead']:.0f} s everything else")  # fmt: skip
+        self.line(f"\n{seconds['total']:.0f} s, of these {seconds['start_up']:.0f} s start-up, "
+                  f"{seconds['computing']:.0f} s training and labelling, "
+                  f"{seconds['overhead']:.0f} s everything else")  # fmt: skip
         if result.report:
             self.line(f"report  {result.report}")
         self.line(f"store   {result.store}")
         place = "" if prepared.store.root.name == "orchestrator-store" else f" --store {prepared.store.root}"
-        self.line(
-            f"next    orchestrator show {result.run}{place}    orchestrator labels {result.run}{place}    orchestrator ui{place}"
-        )
+        commands = (f"show {result.run}", f"labels {result.run}", "ui")
+        self.line("next    " + "    ".join(f"orchestrator {command}{place}" for command in commands))
 
     def status(self, head: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], *, whole: bool) -> None:
         """One run: a line, or with `whole` its stages too."""
         done = sum(stage["state"] in ("ran", "stored", "resumed") for stage in stages)
         seconds = head.get("seconds")
-        spent = (
-            f"  {seconds['total']:.0f} s, {seconds['overhead']:.1f} s of them overhead after {seconds['start_up']:.1f} s start-up"
-            if seconds
-            else ""
-        )
+        spent = ""
+        if seconds:
+            spent = (f"  {seconds['total']:.0f} s, {seconds['overhead']:.1f} s of them overhead "
+                     f"after {seconds['start_up']:.1f} s start-up")  # fmt: skip
         verdict = head.get("verdict")
         gain = f"  gain {100 * verdict['gain']:+.1f} points" if verdict else ""
         self.line(f"{head['run']:40} {head['status'].lower():9} {done}/{len(head['stages'])} stages{spent}{gain}")
@@ -138,9 +137,8 @@ class Display:
 
     def show(self, head: Mapping[str, Any], result: RunResult) -> None:
         """The numbers of a run."""
-        self.line(
-            f"{result.run}  {head['status'].lower()}, started {head['started']}, seeds {', '.join(map(str, head['seeds']))}"
-        )
+        seeds = ", ".join(map(str, head["seeds"]))
+        self.line(f"{result.run}  {head['status'].lower()}, started {head['started']}, seeds {seeds}")
         self.console.print(stage_table(result.stages))
         if result.verdict:
             self.console.print(Text(result.verdict["sentence"], style="bold"))
@@ -220,9 +218,8 @@ def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:
             work = stage.work
             parts = [f"{work[key]:,} {key}" for key in ("steps", "images", "parameters") if key in work]
             precision = stage.question["config"].get("precision")
-            rows.append({"name": name, "kind": stage.kind, "key": stage.key, "state": state, "why": reason,
-                         "work": ", ".join(parts + ([precision] if precision else [])), **{k: v for k, v in work.items()}})  # fmt: skip
-            rows[-1]["work"] = ", ".join(parts + ([precision] if precision else []))
+            rows.append({"name": name, "kind": stage.kind, "key": stage.key, "state": state, "why": reason, **work,
+                         "work": ", ".join(parts + ([precision] if precision else []))})  # fmt: skip
     return rows
 
 

@@ -100,6 +100,6 @@ def export(store: Store, folder: Path, table: pa.Table, target: Path) -> int:
             (target / name).parent.mkdir(exist_ok=True)
             encode = encode_png(images.batch(torch.tensor([number]))[0])
             (target / name).write_bytes(encode.numpy().tobytes())
-            writer.writerow([name, row["id"], row["name"], f"{row['confidence']:.4f}", f"{row['margin']:.4f}", row["reason"],
-                             row["path"], ""])  # fmt: skip
+            writer.writerow([name, row["id"], row["name"], f"{row['confidence']:.4f}", f"{row['margin']:.4f}",
+                             row["reason"], row["path"], ""])  # fmt: skip
     return len(table)

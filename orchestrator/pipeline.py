@@ -60,7 +60,7 @@ class Setting:
 
     def stage_file(self, name: str) -> Path:
         """Where a stage's outcome is kept: one file a stage, so that processes never write the same one."""
-        return self.folder / "stages" / f"{self.prefix}{name}.json"
+        return self.folder / "stages" / f"{name}.json"
 
     def run_of(self, planned: Planned) -> tuple[str, str]:
         """(tracking run, its parent) of a stage: under the pipeline, or under its round, which is under its rounds."""
@@ -88,7 +88,7 @@ def cores() -> int:
 
 
 def resolve_artifact(name: str, plan: Plan, store: Store) -> Artifact:
-    """The answer a wire reads. Rounds give the last promoted checkpoint, or the first teacher when none got that far."""
+    """The answer a wire reads. Rounds give the last promoted checkpoint, or the first teacher if none got that far."""
     if name not in plan.rounds:
         return store.open_artifact(plan.key(name))
     group = plan.rounds[name]
@@ -124,10 +124,12 @@ def run_stage(
     """Answer one question, or find its answer.
 
     Raises:
-        Interrupted: the user asked to stop. StopRound: a guard refuses to go on. UserError: something the user can mend.
+        Interrupted: the user asked to stop.
+        StopRound: a guard refuses to go on.
+        UserError: something the user can mend.
     """
     store, begin = setting.store, time.perf_counter()
-    outcome = Outcome(planned.name, planned.kind, planned.key, "running", round=planned.round)
+    outcome = Outcome(setting.prefix + planned.name, planned.kind, planned.key, "running", round=planned.round)
     if (setting.folder / "stop").exists():
         raise Interrupted
     _record_start(planned, setting)
@@ -148,7 +150,8 @@ def run_stage(
         context = Context(
             workdir, store.output(planned.key), planned.seed, plan.classes, threads=threads_of(setting.resources),
             workers=workers, round=planned.round, stop_file=setting.folder / "stop",
-            save_seconds=setting.resources.save_seconds, run=setting.run_of(planned)[0], recorder=setting.recorder, notice=note,
+            save_seconds=setting.resources.save_seconds, run=setting.run_of(planned)[0], recorder=setting.recorder,
+            notice=note,
         )  # fmt: skip
         torch.set_num_threads(context.threads)
         try:
@@ -158,8 +161,8 @@ def run_stage(
                 "stage": planned.question["stage"], "question": dict(planned.question),
                 "inputs": {name: _key_of(value) for name, value in inputs.items()}, "round": planned.round,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": time.perf_counter() - begin,
-                "computing": context.computing, "versions": versions(), "commit": commit(), "machine": platform.machine(),
-                "notes": notes,
+                "computing": context.computing, "versions": versions(), "commit": commit(),
+                "machine": platform.machine(), "notes": notes,
             }  # fmt: skip
             artifact = store.commit(planned.key, artifact, manifest)
         except (Interrupted, StopRound) as stop:
@@ -174,8 +177,8 @@ def run_stage(
             outcome.state, outcome.note = "failed", str(error)
             setting.tell(outcome)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise UserError(f"store {store.root}: {planned.name}: {error.strerror}; free some space and run the same "
-                                f"command again: it goes on from its last checkpoint") from error  # fmt: skip
+                raise UserError(f"store {store.root}: {planned.name}: {error.strerror}; free some space and run the "
+                                f"same command again: it goes on from its last checkpoint") from error  # fmt: skip
             raise
         except FloatingPointError as error:
             outcome.state, outcome.note = "failed", str(error)
@@ -248,7 +251,7 @@ def run_rounds(
     group: str, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None],
     finished: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:  # fmt: skip
-    """The rounds of a group, in order, up to the last or to the one a gate or a guard ends. State is the store's alone."""
+    """The rounds of a group, in order, up to the last or the one a gate or a guard ends. State is the store's alone."""
     outcomes: list[Outcome] = []
     over = ""
     if setting.recorder is not None:
@@ -260,7 +263,7 @@ def run_rounds(
             tags = {"stage": "round", "round": str(number)}
             setting.recorder.start(f"{top}.{number}", parent=top, name=f"{group} {number}", tags=tags, params={})
     for planned in (stage for stage in plan.stages if stage.group == group):
-        outcome = Outcome(planned.name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
+        outcome = Outcome(setting.prefix + planned.name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
         if not over:
             try:
                 outcome = run_stage(planned, plan, setting, workers, notice)

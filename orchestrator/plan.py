@@ -75,15 +75,16 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         problems += found
         if found:
             continue
+        drawn_from = stage_seed(recipe.seed + seed, node.round)
         question = {
             "stage": f"{type(node.stage).__module__}.{type(node.stage).__qualname__}", "version": node.stage.version,
-            "config": {**to_plain(node.stage), **node.stage.resolved(wiring)}, "seed": stage_seed(recipe.seed + seed, node.round),
+            "config": {**to_plain(node.stage), **node.stage.resolved(wiring)}, "seed": drawn_from,
             "inputs": {name: [_identity(target, recipe, data, planned) for target in targets]
                        for name, targets in sorted(node.inputs.items())},
             "classes": list(data.classes), "round": node.round,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
-        planned[node.name] = Planned(node.name, node.stage, key, question["seed"], node.inputs, question,
+        planned[node.name] = Planned(node.name, node.stage, key, drawn_from, node.inputs, question,
                                      node.stage.work(wiring), node.round, node.group)  # fmt: skip
     if problems:
         raise report(label, problems)

@@ -64,7 +64,8 @@ def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str 
     ]
     if not files:
         raise UserError(f"{paths[0]}: holds no files")
-    method, classes, pixels = checkpoint.build(), checkpoint.classes, checkpoint.model["pixels"]
+    logits: Any = checkpoint.build().logits  # a classifier's; other methods have none
+    classes, pixels = checkpoint.classes, checkpoint.model["pixels"]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(files), CHUNK):
         good, images = [], []
@@ -77,7 +78,7 @@ def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str 
                 rows.append({"path": str(file), "error": str(error)})
         if images:
             with torch.inference_mode():
-                probability = method.logits(torch.stack(images).float() / 255).softmax(dim=1)
+                probability = logits(torch.stack(images).float() / 255).softmax(dim=1)
             for row, p in zip(good, probability.tolist(), strict=True):
                 best = max(range(len(p)), key=p.__getitem__)
                 rows[row] |= {

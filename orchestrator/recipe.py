@@ -115,9 +115,8 @@ def read_source(source: str) -> tuple[str, str]:
     path = Path(source)
     if path.is_file():
         return path.name, path.read_text(encoding="utf-8")
-    raise UserError(
-        f"recipe {source}: neither a file nor a shipped recipe{nearest(source, known) or '; shipped are ' + ', '.join(known)}"
-    )
+    hint = nearest(source, known) or f"; shipped are {', '.join(known)}"
+    raise UserError(f"recipe {source}: neither a file nor a shipped recipe{hint}")
 
 
 def load(source: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -283,15 +282,30 @@ def _lay_out(raw: Any, problems: list[tuple[str, str]]) -> tuple[list[_Entry], d
     return entries, rounds
 
 
-def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> tuple[list[_Entry], Rounds] | None:
-    where, before = f"stages.{name}", len(problems)
+@dataclass(frozen=True)
+class _Group:
+    """What `rounds:` says, checked."""
+
+    count: int
+    first: str  # the teacher of the first round
+    aliases: dict[str, str]  # name in a round to the stage that hands it on; the first of them is the teacher
+    ladder: list[dict[str, Any]]  # overrides, one a round; the last one holds for the rounds after it
+    gate: dict[str, Any]
+    stages: dict[str, Any]
+
+
+def _group(where: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> _Group | None:
+    before = len(problems)
     for key in raw:
         if key not in ROUNDS:
             problems.append(
                 (f"{where}.{key}", f"unknown{nearest(key, ROUNDS) or '; rounds have ' + ', '.join(ROUNDS)}")
             )
-    count, carry, stages = raw.get("rounds"), raw.get("carry"), raw.get("stages")
-    ladder = raw.get("ladder") or [{}]
+    count: Any = raw.get("rounds")
+    carry: Any = raw.get("carry")
+    stages: Any = raw.get("stages")
+    ladder: Any = raw.get("ladder") or [{}]
+    gate: Any = raw.get("gate") or {}
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         problems.append((f"{where}.rounds", f"{count!r}: must be an integer of at least 1"))
     if not isinstance(stages, dict) or not stages:
@@ -304,22 +318,31 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
         problems.append(
             (f"{where}.ladder", "must be a list of overrides, one a round, such as {student.encoder.width: 1.5}")
         )
+    if not isinstance(gate, dict):
+        problems.append((f"{where}.gate", f"{gate!r}: must be a mapping"))
     if len(problems) > before:
         return None
-    gated = next(iter(carry.values()))  # the first alias is the teacher: its stage is what the gate judges
     aliases = {alias: stage for alias, stage in carry.items() if alias != "first"}
     for alias, stage in aliases.items():
         if stage not in stages:
             problems.append((f"{where}.carry.{alias}", f"{stage} is no stage of a round{nearest(stage, stages)}"))
-    if len(problems) > before:
+    return _Group(count, str(carry["first"]), aliases, ladder, gate, stages) if len(problems) == before else None
+
+
+def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> tuple[list[_Entry], Rounds] | None:
+    where = f"stages.{name}"
+    group = _group(where, raw, problems)
+    if group is None:
         return None
+    (teacher_alias, judged), *others = group.aliases.items()  # the gate judges the stage that hands on the teacher
     entries: list[_Entry] = []
-    teacher, gates = str(carry["first"]), []
-    for number in range(count):
-        raw_stages = copy.deepcopy(stages)
-        for key, value in ladder[min(number, len(ladder) - 1)].items():
+    gates: list[str] = []
+    teacher = group.first
+    for number in range(group.count):
+        stages = copy.deepcopy(group.stages)
+        for key, value in group.ladder[min(number, len(group.ladder) - 1)].items():
             *path, last = key.split(".")
-            place: Any = raw_stages
+            place: Any = stages
             for part in path:
                 place = place.get(part) if isinstance(place, dict) else None
             if not isinstance(place, dict):
@@ -329,24 +352,23 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
                 continue
             place[last] = value
         names = {stage: f"{name}.{number}.{stage}" for stage in stages}
-        known = {**names, next(iter(aliases)): teacher}
-        known |= {a: f"{name}.{number - 1}.{s}" for a, s in list(aliases.items())[1:]} if number else {}
-        absent = set() if number else set(list(aliases)[1:])  # nothing came before the first round
-        for stage, value in raw_stages.items():
+        earlier = {alias: f"{name}.{number - 1}.{stage}" for alias, stage in others} if number else {}
+        known = {**names, teacher_alias: teacher, **earlier}
+        absent = set() if number else {alias for alias, _ in others}  # nothing came before the first round
+        for stage, value in stages.items():
             if isinstance(value, dict) and isinstance(value.get("inputs"), dict):
-                wires = value["inputs"].items()
-                value["inputs"] = {k: _rewire(v, known) for k, v in wires if not (isinstance(v, str) and v in absent)}
+                given = value["inputs"].items()
+                value["inputs"] = {k: _rewire(v, known) for k, v in given if not (isinstance(v, str) and v in absent)}
             entries.append(_Entry(names[stage], f"{where}.stages.{stage}", value, number, name))
-        gate = f"{name}.{number}.gate"
-        gate_raw = dict(raw.get("gate") or {})
-        wires = {"teacher": teacher, "student": names[gated]}
-        if gate_raw.get("images"):
-            wires["images"] = gate_raw.pop("images")
-        entries.append(_Entry(gate, f"{where}.gate", {"use": "orchestrator.stages.gate.Gate", "inputs": wires, **gate_raw},
-                              number, name))  # fmt: skip
-        gates.append(gate)
-        teacher = gate
-    return entries, Rounds(name, str(carry["first"]), tuple(gates), tuple(entry.name for entry in entries))
+        wires = {"teacher": teacher, "student": names[judged]}
+        options = dict(group.gate)
+        if options.get("images"):
+            wires["images"] = options.pop("images")
+        teacher = f"{name}.{number}.gate"
+        gate = {"use": "orchestrator.stages.gate.Gate", "inputs": wires, **options}
+        entries.append(_Entry(teacher, f"{where}.gate", gate, number, name))
+        gates.append(teacher)
+    return entries, Rounds(name, group.first, tuple(gates), tuple(entry.name for entry in entries))
 
 
 def _rewire(target: Any, known: Mapping[str, str]) -> Any:
@@ -403,8 +425,9 @@ def _check_wires(
                     if target not in broken and target not in rounds:
                         later = target in {n.name for n in nodes}
                         names = [*splits, *answers, *rounds]
+                        hint = nearest(target, names) or f"; known are {', '.join(names)}"
                         problems.append((path, f"{target} comes later; a stage reads what is above it" if later else
-                                         f"{target} is no split or stage{nearest(target, names) or '; known are ' + ', '.join(names)}"))  # fmt: skip
+                                         f"{target} is no split or stage{hint}"))  # fmt: skip
                 elif not known.takes(kind):
                     example = next((n for n, k in answers.items() if known.takes(k)), None)
                     hint = f", such as {example}" if example else ""

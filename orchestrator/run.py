@@ -25,7 +25,7 @@ from orchestrator.runs import read_head, read_outcomes, update_head
 from orchestrator.stages.judge import combine
 from orchestrator.stages.train import Train
 from orchestrator.store import Store, replace_file
-from orchestrator.tracking import Recorder, Sender, tracking_uri
+from orchestrator.tracking import Recorder, Sender, Status, tracking_uri
 
 SEND_SECONDS = 20.0  # how long the end of a run waits for the tracking server
 
@@ -74,10 +74,11 @@ class RunResult:
     def json(self) -> dict[str, Any]:
         """The object that `run --json` prints."""
         brief = ("baseline", "final", "gain", "low", "high", "sentence")
+        shown = ("name", "key", "digest", "state", "seconds")
         return {
             "run": self.run, "store": self.store, "report": self.report,
             "verdict": {name: self.verdict[name] for name in brief} if self.verdict else None,
-            "stages": [{name: stage[name] for name in ("name", "key", "digest", "state", "seconds")} for stage in self.stages],
+            "stages": [{name: stage[name] for name in shown} for stage in self.stages],
         }  # fmt: skip
 
 
@@ -107,8 +108,9 @@ def batches_of(plan: Plan) -> dict[str, int]:
 
 
 def execute(
-    prepared: Prepared, *, started: float | None = None, use_ray: bool = True, notice: Callable[[str], None] = lambda line: None,
-    finished: Callable[[Outcome], None] = lambda outcome: None, ready: Callable[[], None] = lambda: None,
+    prepared: Prepared, *, started: float | None = None, use_ray: bool = True,
+    notice: Callable[[str], None] = lambda line: None, finished: Callable[[Outcome], None] = lambda outcome: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> RunResult:  # fmt: skip
     """Run all plans, judge, report.
 
@@ -146,7 +148,7 @@ def execute(
     _record_head(prepared, recorder)
     sender.start()
     outcomes: list[Outcome] = []
-    status = "FAILED"
+    status: Status = "FAILED"
     result: RunResult | None = None
 
     def clock() -> dict[str, float]:
@@ -207,8 +209,8 @@ def _write_head(prepared: Prepared) -> None:
     ]  # fmt: skip
     update_head(folder, run=prepared.name, recipe=prepared.recipe.name, description=prepared.recipe.description,
                  seeds=[plan.seed for plan in prepared.plans], classes=list(prepared.plans[0].classes),
-                 pixels=prepared.recipe.data.pixels, stages=stages, started=datetime.now(UTC).isoformat(timespec="seconds"),
-                 status="RUNNING")  # fmt: skip
+                 pixels=prepared.recipe.data.pixels, stages=stages,
+                 started=datetime.now(UTC).isoformat(timespec="seconds"), status="RUNNING")  # fmt: skip
 
 
 def _record_head(prepared: Prepared, recorder: Recorder) -> None:
@@ -224,7 +226,11 @@ def _record_head(prepared: Prepared, recorder: Recorder) -> None:
 def _verdict(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """The last judge's verdict, over all seeds."""
     judges = [outcome for outcome in outcomes if outcome.kind == "Judge" and outcome.facts]
-    return combine([outcome.facts for outcome in judges if outcome.name == judges[-1].name]) if judges else None
+    return combine([outcome.facts for outcome in judges if _stage(outcome) == _stage(judges[-1])]) if judges else None
+
+
+def _stage(outcome: Outcome) -> str:
+    return outcome.name.rpartition("/")[2]
 
 
 def _result(prepared: Prepared, report_path: Path) -> RunResult:

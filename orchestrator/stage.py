@@ -19,7 +19,7 @@ class StopRound(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each with its own inputs."""
+    """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each, with own inputs."""
 
     version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently
 

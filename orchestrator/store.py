@@ -184,8 +184,8 @@ class Store:
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise UserError(
-                f"store {self.root}: cannot keep {artifact.kind} {key[:8]} ({error.strerror}); free some space and run the "
-                "same command again: training goes on from its last checkpoint"
+                f"store {self.root}: cannot keep {artifact.kind} {key[:8]} ({error.strerror}); free some space and run "
+                "the same command again: training goes on from its last checkpoint"
             ) from error
         shutil.rmtree(self.root / "work" / key, ignore_errors=True)
         return replace(artifact, folder=final, key=key)

@@ -30,7 +30,8 @@ stages:
     use: orchestrator.stages.train.Train
     inputs: {labelled: labelled}
     encoder: *encoder
-    method: {use: methods.supervised.Supervised, augment: &augment {flip: false, padding: 1, randaugment: 5}, dropout: 0.2}
+    method: {use: methods.supervised.Supervised, dropout: 0.2,
+             augment: &augment {flip: false, padding: 1, randaugment: 5}}
     optim: &sgd {lr: 0.05}
     steps: 8
     batch: 8

@@ -1,4 +1,4 @@
-"""Cross-entropy with label smoothing, for labels and for distributions: Szegedy et al. 2015, arXiv:1512.00567, eq. 3."""
+"""Cross-entropy with label smoothing, of labels or distributions: Szegedy et al. 2015, arXiv:1512.00567, eq. 3."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
         if batch % resources.workers:
             found.append((name, f"batch {batch} cannot be split evenly over resources.workers: {resources.workers}"))
         elif resources.workers > 1 and batch // resources.workers < 2:
-            found.append((name, f"batch {batch} over {resources.workers} workers leaves {batch // resources.workers} image each: "
-                                f"batch norm needs 2 or more"))  # fmt: skip
+            found.append((name, f"batch {batch} over {resources.workers} workers leaves {batch // resources.workers} "
+                                f"image each: batch norm needs 2 or more"))  # fmt: skip
     return found
 
 
@@ -67,12 +67,12 @@ def connect(resources: Resources) -> dict[str, Any]:
                 ray.init(address="local", num_cpus=cores(), object_store_memory=256 * 2**20,
                          include_dashboard=resources.workers > 1, **quiet)  # fmt: skip
         except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; unset it to run on "
-                            f"this machine") from error  # fmt: skip
+            raise UserError(f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; unset it to "
+                            f"run on this machine") from error  # fmt: skip
     total = ray.cluster_resources()
     needed = {"CPU": resources.workers, "GPU": resources.workers * resources.gpus}
     for name, amount in needed.items():
         if amount > total.get(name, 0):
-            raise UserError(f"resources: training needs {amount:g} {name}s for {resources.workers} workers, the cluster has "
-                            f"{total.get(name, 0):g}; lower resources.workers")  # fmt: skip
+            raise UserError(f"resources: training needs {amount:g} {name}s for {resources.workers} workers, the "
+                            f"cluster has {total.get(name, 0):g}; lower resources.workers")  # fmt: skip
     return {"cpus": total.get("CPU", 0), "gpus": total.get("GPU", 0), "nodes": len(ray.nodes())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ray
 import torch
 from torch import Tensor
@@ -11,7 +13,6 @@ from orchestrator.context import Forward
 IN_FLIGHT = 2  # shards an actor has at a time: one in work, one waiting
 
 
-@ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)
 class Labeller:
     """Holds one model and answers for rows of images; a killed one comes back, and its shard is asked again."""
 
@@ -24,10 +25,13 @@ class Labeller:
         return self.run(rows)
 
 
-def predict_in_pool(job: Forward, shards: list[Tensor], actors: int) -> list[Tensor]:
+LabellerActor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Labeller)
+
+
+def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int) -> list[Tensor]:
     """The outputs of every shard, in order, whatever actor answered."""
     kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
-    pool = [Labeller.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
+    pool = [LabellerActor.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
     answers: dict[int, Tensor] = {}
     pending: dict[ray.ObjectRef, tuple[int, int]] = {}
     todo = iter(enumerate(shards))

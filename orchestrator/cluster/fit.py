@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,7 @@ class RayWorkers:
                 raise next(iter(failures.values()), error) from error
         raise AssertionError("unreachable")
 
-    def predict(self, job: Forward, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    def predict(self, job: Forward, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The forward pass over every shard, in order: in this process, or by labelling actors."""
         if not self.resources.labellers:
             run = job.open()

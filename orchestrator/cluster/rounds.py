@@ -28,7 +28,6 @@ from orchestrator.tracking import Recorder
 POLL_SECONDS = 0.2
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4)
 class Coordinator:
     """Runs the rounds of one group."""
 
@@ -39,14 +38,12 @@ class Coordinator:
         recipe = parse((folder / "recipe.yaml").read_text(encoding="utf-8"), label=run)
         prepared = prepare(recipe, store.root, label=run)
         self.plan = next(plan for plan in prepared.plans if plan.seed == seed)
-        self.group, self.setting = (
-            group,
-            Setting(store, folder, recipe.resources, Recorder(folder), prepared.prefix(self.plan)),
-        )
+        self.group = group
+        self.setting = Setting(store, folder, recipe.resources, Recorder(folder), prepared.prefix(self.plan))
         self.notices: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """The outcomes, and how it ended: {"outcomes", "interrupted", "error"}. An exception here would be an accident."""
+        """The outcomes, and how it ended: {"outcomes", "interrupted", "error"}. An exception would be an accident."""
         try:
             workers = RayWorkers(self.setting.resources)
             outcomes = run_rounds(self.group, self.plan, self.setting, workers, self.notices.append)
@@ -65,6 +62,9 @@ class Coordinator:
         return {"stages": read_outcomes(self.setting.folder, names), "notices": self.notices[seen:]}
 
 
+CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4)(Coordinator)
+
+
 def coordinator_name(group: str, plan: Plan, setting: Setting) -> str:
     """The actor's name: the same for the same rounds of the same run in the same store."""
     question = f"{setting.store.root}|{setting.folder.name}|{setting.prefix}{group}|{plan.key(group)}"
@@ -78,7 +78,7 @@ def coordinated_rounds(
     """Run a group's rounds in its coordinator, passing on what it says. The same contract as `run_rounds`."""
     name = coordinator_name(group, plan, setting)
     options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    coordinator = Coordinator.options(**options).remote(group, setting.store.root, setting.folder.name, plan.seed)
+    coordinator = CoordinatorActor.options(**options).remote(group, setting.store.root, setting.folder.name, plan.seed)
     pending, heard = coordinator.run.remote(), 0
     while not ray.wait([pending], timeout=POLL_SECONDS)[0]:
         heard = _listen(coordinator, heard, notice)

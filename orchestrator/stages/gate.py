@@ -32,8 +32,10 @@ class Gate(Stage):
         self, context: Context, *, teacher: Checkpoint, student: Checkpoint, images: Images | None = None
     ) -> Decision:
         if images is None or not images.labelled.any():
-            facts = {"action": "promoted", "promoted": student.key, "teacher": {"key": teacher.key},
-                     "student": {"key": student.key}, "reason": "there is no hold-out: promoted unmeasured"}  # fmt: skip
+            facts = {
+                "action": "promoted", "promoted": student.key, "teacher": {"key": teacher.key},
+                "student": {"key": student.key}, "reason": "there is no hold-out: promoted unmeasured",
+            }  # fmt: skip
             return Decision.write(context.output, facts)
         scores = {"teacher": self._score(context, teacher, images), "student": self._score(context, student, images)}
         old, new = scores["teacher"]["accuracy"], scores["student"]["accuracy"]

@@ -51,11 +51,13 @@ class Judge(Stage):
         final = finals[-1]
         found = []
         if baseline.encoder != final.encoder:
-            found.append(("inputs.baseline", f"its encoder {_short(baseline)} is not the final model's {_short(final)}: the "
-                                             f"gain would be the encoder's; give the baseline the last round's encoder"))  # fmt: skip
+            found.append((
+                "inputs.baseline", f"its encoder {_short(baseline)} is not the final model's {_short(final)}: the gain "
+                "would be the encoder's; give the baseline the last round's encoder",
+            ))  # fmt: skip
         if (baseline.steps, baseline.epochs) != (final.steps, final.epochs) or baseline.steps is None:
-            found.append(("inputs.baseline", f"trains for {_length(baseline)}, the final model for {_length(final)}: give both "
-                                             f"the same `steps`"))  # fmt: skip
+            found.append(("inputs.baseline", f"trains for {_length(baseline)}, the final model for {_length(final)}: "
+                                             "give both the same `steps`"))  # fmt: skip
         return found
 
     def run(
@@ -108,8 +110,10 @@ class Judge(Stage):
 def sentence(verdict: dict[str, Any]) -> str:
     """The verdict in plain words: it helped, it did not, or these test images cannot tell."""
     gain, low, high = (100 * verdict[name] for name in ("gain", "low", "high"))
-    numbers = (f"{100 * verdict['baseline']:.1f} % with labels alone, {100 * verdict['final']:.1f} % with unlabelled images: "
-               f"{gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {verdict['n']} test images")  # fmt: skip
+    numbers = (
+        f"{100 * verdict['baseline']:.1f} % with labels alone, {100 * verdict['final']:.1f} % with unlabelled images: "
+        f"{gain:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, {verdict['n']} test images"
+    )
     if low > 0:
         return f"The unlabelled images helped ({numbers})."
     if high < 0:

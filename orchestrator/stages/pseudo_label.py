@@ -20,8 +20,8 @@ from orchestrator.stage import Stage, StopRound, Wiring
 class PseudoLabel(Stage):
     """Noisy Student's step 2: Xie et al. 2020, arXiv:1911.04252, section 3.1.
 
-    Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the
-    most confident images of every predicted class are taken instead (`guard: adapt`), or the rounds end (`guard: stop`).
+    Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the most
+    confident images of every predicted class are taken instead (`guard: adapt`), or the rounds end (`guard: stop`).
     """
 
     min_confidence: float = 0.3  # the paper's threshold for soft labels; 0.8 and more suits hard ones
@@ -79,8 +79,8 @@ class PseudoLabel(Stage):
         kept = chosen.copies > 0
         if int(kept.sum()) < self.min_kept:
             top = probability.max(dim=1).values
-            return (f"only {int(kept.sum())} of {len(kept)} images reach min_confidence {self.min_confidence} (the most "
-                    f"confident has {float(top.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
+            return (f"only {int(kept.sum())} of {len(kept)} images reach min_confidence {self.min_confidence} (the "
+                    f"most confident has {float(top.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
         share = torch.bincount(probability.argmax(dim=1)[kept], minlength=probability.shape[1]).max() / kept.sum()
         limit = self.max_class_share if probability.shape[1] > 2 else 0.999
         return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ LOG_EVERY = 20  # steps between logged losses: reading one is a device synchroni
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Stage):
-    """Train `method` on `encoder`; `steps` or `epochs` (of the unlabelled stream where there is one) say for how long."""
+    """Train `method` on `encoder`; `steps` or `epochs` (of the unlabelled stream if there is one) say for how long."""
 
     encoder: Component
     method: Component
@@ -83,8 +84,10 @@ class Train(Stage):
         for key, size in (("labelled", self.batch), ("images", self._unlabelled_batch(streams))):
             rows = sum(len(images) for images in wiring.images.get(key, ()))
             if key == "images" and method.needs_distinct and rows < size:
-                found.append(("batch", f"{size} images a step but inputs.images has {rows}: {name} compares the images "
-                                       f"of a batch, so none may be in it twice; use batch: {max(2, rows)} or less"))  # fmt: skip
+                found.append((
+                    "batch", f"{size} images a step but inputs.images has {rows}: {name} compares the images of a batch, "
+                    f"so none may be in it twice; use batch: {max(2, rows)} or less",
+                ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))
         if method.needs_distinct and self.accumulate > 1:
@@ -114,7 +117,7 @@ class Train(Stage):
             "passes": {key: round(steps * sizes[key] / max(1, n), 1) for key, n in rows.items()},
         }  # fmt: skip
 
-    def _unlabelled_batch(self, streams: set[str]) -> int:
+    def _unlabelled_batch(self, streams: Collection[str]) -> int:
         return self.batch * self.unlabelled_ratio if "labelled" in streams else self.batch
 
     def _steps(self, rows: dict[str, int], sizes: dict[str, int]) -> int:
@@ -196,7 +199,7 @@ class Fit:
         if self.init is not None:
             trunk = {k.removeprefix("encoder."): v for k, v in self.init.state().items() if k.startswith("encoder.")}
             encoder.load_state_dict(trunk)
-        method = method.to(where, memory_format=torch.channels_last).train()
+        method = method.to(where).to(memory_format=torch.channels_last).train()
         average = averaged_copy(method) if stage.ema else None
         optimizer = stage.optim.build(method)
         pixels = next(i for i in (self.labelled, self.images) if i is not None).pixels
@@ -220,8 +223,9 @@ class Fit:
             if part == 0:
                 training_state.save(context.workdir, {
                     "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
-                    "average": average.state_dict() if average is not None else None, "curves": [list(c) for c in curves],
-                    "images": step * sum(sizes.values()), "seconds": seconds, "pixels": pixels, "precision": precision,
+                    "average": average.state_dict() if average is not None else None,
+                    "curves": [list(c) for c in curves], "images": step * sum(sizes.values()), "seconds": seconds,
+                    "pixels": pixels, "precision": precision,
                 })  # fmt: skip
 
         steps = train_steps(
@@ -263,7 +267,8 @@ class Fit:
         if _agree(bool(bad)) if parts > 1 else bad:  # all stop, or the others would wait for this one
             found = f"{bad[0]} is {values[bad[0]]}" if bad else "another worker's loss is not finite"
             raise FloatingPointError(
-                f"{found} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; the last checkpoint is kept"
+                f"{found} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; "
+                "the last checkpoint is kept"
             )
         return values
 

@@ -13,7 +13,7 @@ NAME = "training.pt"
 
 
 def save(workdir: Path, state: dict[str, Any]) -> None:
-    """Replace the checkpoint; a crash at any moment leaves the old or the new one. `state`: tensors and plain values."""
+    """Replace the checkpoint; a crash at any time leaves the old or the new one. `state`: tensors and plain values."""
     replace_file(workdir / NAME, lambda part: torch.save(state, part))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Optim:
             raise ValueError(f"decay_every = {self.decay_every}: must be in (0, 1], a fraction of all steps")
 
     def rate(self, step: int, total: int) -> float:
-        """The learning rate of step `step` in [0, total]: base 4.8, 10 warm-up of 100 steps give 2.4 at steps 5 and 55."""
+        """The learning rate of `step` in [0, total]: base 4.8, 10 warm-up of 100 steps give 2.4 at steps 5 and 55."""
         warm = self.warmup * total
         if step < warm:
             return self.lr * step / warm
@@ -83,7 +83,7 @@ class Lars(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
             update = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])

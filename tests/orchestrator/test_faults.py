@@ -24,10 +24,10 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds Ray's processes through /proc"),
 ]
-DEADLINE = 120.0  # seconds for anything that will come; a loaded machine needs most of it to start Ray
+DEADLINE = 240.0  # seconds for anything that will come; a loaded machine needs many to start Ray
 ROOT = Path(__file__).parents[2]
-HALTING = {f"methods.{module}.{name}": f"tests.orchestrator.halting.{name}"
-           for module, name in (("simclr", "SimCLR"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"))}  # fmt: skip
+METHODS = (("simclr", "SimCLR"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"))
+HALTING = {f"methods.{module}.{name}": f"tests.orchestrator.halting.{name}" for module, name in METHODS}
 
 
 def waiting(text):

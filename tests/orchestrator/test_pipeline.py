@@ -213,7 +213,8 @@ def test_a_guard_that_adapts_takes_the_most_confident_of_every_predicted_class(s
 def test_a_worse_student_is_refused_and_the_rounds_go_on_or_end(small, tmp_path, otherwise, action):
     result = run(
         small, tmp_path / "s", "stages.students.gate.tolerance=0", f"stages.students.gate.otherwise={otherwise}",
-        "stages.students.stages.student.optim.lr=1e-9", "stages.students.stages.student.steps=60", "stages.teacher.steps=60", "stages.teacher.ema=0",
+        "stages.students.stages.student.optim.lr=1e-9", "stages.students.stages.student.steps=60",
+        "stages.teacher.steps=60", "stages.teacher.ema=0",
     )  # fmt: skip
     gate = next(s for s in result.stages if s["name"] == "students.0.gate")
     teacher = next(s for s in result.stages if s["name"] == "teacher")
