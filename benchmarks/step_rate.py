@@ -55,11 +55,11 @@ from orchestrator.training.precision import auto_precision, autocast
 PIXELS = 32
 BATCH = 128
 WORKERS = 2
-UNTIMED = 2  # steps at the head of a turn: the first batches come from workers that have all cores to themselves
 TEMPERATURE = 0.5
 OPTIM = Optim(name="sgd", lr=0.03, momentum=0.9, weight_decay=5e-4, schedule="constant", warmup=0.0)
 REQUIRED = {"SmallCNN": (3.0, 1.4), "ResNet-18": (2.5, 1.1)}  # over lightly's float32 defaults, over lightly tuned
 SHARE = {"SmallCNN": 1.0, "ResNet-18": 0.2}  # of --steps: one ResNet-18 step takes as long as twenty of SmallCNN's
+UNTIMED = {"SmallCNN": 2, "ResNet-18": 1}  # a turn's first batches come from workers that have all cores to themselves
 
 
 def main() -> None:
@@ -111,7 +111,7 @@ def compare(name: str, images: Images, *, rounds: int, steps: int, threads: int,
         for number in range(rounds):
             keys = list(contestants)
             for key in keys[number % len(keys) :] + keys[: number % len(keys)]:  # nobody always follows the same one
-                turn = contestants[key].turn(UNTIMED, steps)
+                turn = contestants[key].turn(UNTIMED[name], steps)
                 wall[key].append(turn.wall / steps)
                 core[key].append(turn.core / steps)
                 loss[key] = turn.loss

@@ -176,7 +176,8 @@ def show(
     from orchestrator.runs import read_head
     from orchestrator.store import Store
 
-    opened, folder = Store.open(store), _find_run(store.absolute(), run)
+    folder = _find_run(store.absolute(), run)
+    opened = Store.open(store)
     head = read_head(folder)
     stages = status_rows(store, folder)
     report = str(write_report(opened, folder))
@@ -211,7 +212,8 @@ def labels(
     from orchestrator import ledger
     from orchestrator.store import Store
 
-    opened, folder = Store.open(store), _find_run(store, run)
+    folder = _find_run(store, run)
+    opened = Store.open(store)
     table, number = ledger.read(opened, folder, round)
     table = ledger.filter_rows(table, name=name, uncertain=uncertain, kept=kept, changed=changed)
     if export is not None:
@@ -236,17 +238,15 @@ def predict(
     from orchestrator.predict import predict_files
     from orchestrator.store import Store
 
-    rows = predict_files(Store.open(store), _find_run(store, run), images, stage)
+    folder = _find_run(store, run)
+    rows = predict_files(Store.open(store), folder, images, stage)
     if as_json:
         _print_json(rows)
-        return
-    writer = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
-    for row in rows:
-        writer.writerow(
-            [row["path"], row["class"], f"{row['confidence']:.3f}"]
-            if "class" in row
-            else [row["path"], "", row["error"]]
-        )
+    else:
+        writer = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n")
+        for row in rows:
+            answer = [row["class"], f"{row['confidence']:.3f}"] if "class" in row else ["", row["error"]]
+            writer.writerow([row["path"], *answer])
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 
@@ -265,9 +265,11 @@ def doctor(
     display.close()
     if as_json:
         _print_json(found.json())
-        return
-    for line in found.lines:
-        print(line)
+    else:
+        for line in found.lines:
+            print(line)
+    if any(source.error for source in found.sources):
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -100,7 +100,7 @@ def _close(cls: Any, seen: set[type]) -> None:
 
 
 def validate(cls: type, values: dict[str, Any]) -> Any:
-    """Build a dataclass from plain values: types checked, unknown keys refused. Raises ConfigError with all problems."""
+    """A dataclass from plain values: types checked, unknown keys refused. Raises ConfigError with every problem."""
     _close(cls, set())
     problems: list[tuple[str, str]] = []
     values, hints = dict(values), get_type_hints(cls)

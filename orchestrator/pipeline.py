@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.metadata
@@ -71,9 +72,7 @@ class Setting:
         """Keep an outcome for whoever looks: the table, `status`, the report."""
         path = self.stage_file(outcome.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(
-            {**asdict(outcome), "name": self.prefix + outcome.name, "time": time.time()}, ensure_ascii=False
-        )
+        line = json.dumps({**asdict(outcome), "time": time.time()}, ensure_ascii=False)
         replace_file(path, lambda part: part.write_text(line, encoding="utf-8"))
 
 
@@ -173,17 +172,16 @@ def run_stage(
             setting.tell(outcome)
             _record_end(outcome, planned, setting, "KILLED")
             raise
-        except OSError as error:
+        except Exception as error:
             outcome.state, outcome.note = "failed", str(error)
-            setting.tell(outcome)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                setting.tell(outcome)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise UserError(f"store {store.root}: {planned.name}: {error.strerror}; free some space and run the "
                                 f"same command again: it goes on from its last checkpoint") from error  # fmt: skip
+            if isinstance(error, FloatingPointError):
+                raise UserError(f"{planned.name}: {error}") from error
             raise
-        except FloatingPointError as error:
-            outcome.state, outcome.note = "failed", str(error)
-            setting.tell(outcome)
-            raise UserError(f"{planned.name}: {error}") from error
     outcome.state = "resumed" if resumed else "ran"
     outcome.seconds, outcome.computing = time.perf_counter() - begin, context.computing
     outcome.facts, outcome.digest = artifact.facts, store.manifest(planned.key)["digest"]
@@ -263,7 +261,8 @@ def run_rounds(
             tags = {"stage": "round", "round": str(number)}
             setting.recorder.start(f"{top}.{number}", parent=top, name=f"{group} {number}", tags=tags, params={})
     for planned in (stage for stage in plan.stages if stage.group == group):
-        outcome = Outcome(setting.prefix + planned.name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
+        name = setting.prefix + planned.name
+        outcome = Outcome(name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
         if not over:
             try:
                 outcome = run_stage(planned, plan, setting, workers, notice)

@@ -114,7 +114,10 @@ def read_source(source: str) -> tuple[str, str]:
         return f"{source}.yaml", known[source]
     path = Path(source)
     if path.is_file():
-        return path.name, path.read_text(encoding="utf-8")
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {source}: cannot be read as UTF-8 text ({error})") from error
     hint = nearest(source, known) or f"; shipped are {', '.join(known)}"
     raise UserError(f"recipe {source}: neither a file nor a shipped recipe{hint}")
 
@@ -173,7 +176,10 @@ def _override(raw: dict[str, Any], text: str, problems: list[tuple[str, str]]) -
             problems.append((path, f"{part} is {here!r}, it has no fields"))
             return
         place = here
-    place[last] = yaml.safe_load(value) if value else None
+    try:
+        place[last] = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        problems.append((path, f"{value!r} is not YAML; quote it"))
 
 
 def _unshared(value: Any) -> Any:
@@ -241,7 +247,9 @@ def _data(raw: Any, problems: list[tuple[str, str]]) -> DataConfig | None:
                 (f"data.{name}", f"no images given: add data.{name}=PATH, or {{from: SPLIT, fraction: 0.1}}")
             )
             continue
-        built = _validated(Split, value, f"data.{name}", problems)
+        wrong: list[tuple[str, str]] = []
+        built = _validated(Split, value, f"data.{name}", wrong)
+        problems += [(path, message.replace("Split has source,", "a split has from,")) for path, message in wrong]
         if built is not None:
             splits[str(name)] = built
     for name, split in splits.items():

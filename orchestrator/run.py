@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -123,21 +124,22 @@ def execute(
     """
     begin = started if started is not None else time.perf_counter()
     store, folder, recipe = prepared.store, prepared.folder, prepared.recipe
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stop").unlink(missing_ok=True)
-    uri = tracking_uri(store.root)
-    recorder = Recorder(folder)
-    sender = Sender(folder, uri=uri, experiment=recipe.name, load_model=lambda key: load_for_registry(store, key))
-    _write_head(prepared)
     todo = [stage for plan in prepared.plans for stage in plan.stages if not store.has(stage.key)]
-    workers: Any = None
-    rounds: dict[str, Any] = {}
     if todo and use_ray:
         from orchestrator.cluster.connect import connect, preflight
 
         problems = [problem for plan in prepared.plans for problem in preflight(recipe.resources, batches_of(plan))]
         if problems:
             raise report(prepared.label, problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stop").unlink(missing_ok=True)
+    uri = tracking_uri(store.root)
+    recorder = Recorder(folder)
+    sender = Sender(folder, uri=uri, experiment=recipe.name, load_model=lambda key: load_for_registry(store, key))
+    _write_head(prepared)
+    workers: Any = None
+    rounds: dict[str, Any] = {}
+    if todo and use_ray:
         connect(recipe.resources)
         from orchestrator.cluster.fit import RayWorkers
         from orchestrator.cluster.rounds import coordinated_rounds
@@ -174,7 +176,10 @@ def execute(
         if late:
             notice(late)
         seconds = clock()
-        update_head(folder, seconds=seconds, status=status, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        with contextlib.suppress(OSError):  # the disk may be what ended the run
+            update_head(
+                folder, seconds=seconds, status=status, finished=datetime.now(UTC).isoformat(timespec="seconds")
+            )
     result.seconds = seconds
     return result
 

@@ -451,7 +451,11 @@ class Sender:
             progress = _Progress(here, self.experiment)
             progress.save(self.folder)
             with contextlib.suppress(_mlflow_exception()):  # somebody else may make it first
-                client.create_experiment(self.experiment, artifact_location=_artifact_root(self.uri))
+                client.create_experiment(
+                    self.experiment,
+                    artifact_location=_artifact_root(self.uri),
+                    tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens on runs, not on traces
+                )
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
                 raise ConnectionError(f"MLflow did not make the experiment {self.experiment!r}")

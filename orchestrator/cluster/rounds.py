@@ -25,7 +25,7 @@ from orchestrator.runs import read_outcomes
 from orchestrator.store import Store
 from orchestrator.tracking import Recorder
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 
 
 class Coordinator:

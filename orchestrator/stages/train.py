@@ -85,8 +85,8 @@ class Train(Stage):
             rows = sum(len(images) for images in wiring.images.get(key, ()))
             if key == "images" and method.needs_distinct and rows < size:
                 found.append((
-                    "batch", f"{size} images a step but inputs.images has {rows}: {name} compares the images of a batch, "
-                    f"so none may be in it twice; use batch: {max(2, rows)} or less",
+                    "batch", f"{size} images a step but inputs.images has {rows}: {name} compares the images of a "
+                    f"batch, so none may be in it twice; use batch: {max(2, rows)} or less",
                 ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))

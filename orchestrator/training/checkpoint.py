@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ NAME = "training.pt"
 
 def save(workdir: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint; a crash at any time leaves the old or the new one. `state`: tensors and plain values."""
-    replace_file(workdir / NAME, lambda part: torch.save(state, part))
+    buffer = io.BytesIO()  # written by Python, so that a full disk is an OSError; torch's own writing says something else
+    torch.save(state, buffer)
+    replace_file(workdir / NAME, lambda part: part.write_bytes(buffer.getbuffer()))
 
 
 def load(workdir: Path) -> dict[str, Any] | None:

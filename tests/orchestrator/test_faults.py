@@ -74,14 +74,15 @@ stages:
 class Driver:
     """One `orchestrator run` as a process, and all of its Ray."""
 
-    def __init__(self, place, recipe, *overrides, store, halt=None):
+    def __init__(self, place, recipe, *overrides, store, halt=None, inside=()):
         self.place = Path(tempfile.mkdtemp(prefix="or", dir="/tmp"))  # Ray's sockets need a short path
         self.halt = self.place / "halt"
         self.halt.mkdir()
         self.ask(halt)
         file = place / "small.yaml"
         file.write_text(recipe, encoding="utf-8")
-        command = [Path(sys.executable).with_name("orchestrator"), "run", file, *overrides, "--store", store, "--json"]
+        program = Path(sys.executable).with_name("orchestrator")
+        command = [*inside, program, "run", file, *overrides, "--store", store, "--json"]
         ours = {
             "OMP_NUM_THREADS": "1",
             "RAY_TMPDIR": str(self.place),
@@ -206,8 +207,8 @@ def driver(tmp_path):
     """Starts drivers, and leaves nothing of them running."""
     started = []
 
-    def start(recipe=WAITING, *overrides, store, halt=None):
-        started.append(Driver(tmp_path, recipe, *overrides, store=store, halt=halt))
+    def start(recipe=WAITING, *overrides, **options):
+        started.append(Driver(tmp_path, recipe, *overrides, **options))
         return started[-1]
 
     yield start
@@ -381,6 +382,53 @@ def test_a_second_ctrl_c_quits_at_once_and_loses_nothing(driver, store, unbroken
     result = driver(store=store).result()
     assert states(result)["pretrain"] == "resumed"
     assert_went_on(result, store, before, unbroken)
+
+
+# a disk of 64 MB at $1, kept in $2 when the command that follows is over
+SMALL_DISK = """
+mount -t tmpfs -o size=64m tmpfs "$1" || exit 99
+disk="$1" kept="$2"
+shift 2
+"$@"
+code=$?
+cp -a "$disk/." "$kept"
+exit $code
+"""
+UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+
+
+def may_mount(place):
+    """Whether this machine lets a user mount a disk that only its own processes see."""
+    if shutil.which("unshare") is None:
+        return False
+    test = [*UNSHARE, 'mount -t tmpfs tmpfs "$1"', "sh", place]
+    return subprocess.run(test, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before commit Train None", "SimCLR 0.50"])
+def test_a_full_disk_is_one_line_and_with_more_space_the_run_goes_on(driver, tmp_path, unbroken, moment):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    if not may_mount(disk):
+        pytest.skip("this machine lets no user mount a small disk")
+    first = driver(store=disk, halt=moment, inside=[*UNSHARE, SMALL_DISK, "sh", disk, kept])
+    (pid,) = first.reached()
+    ballast = Path(f"/proc/{pid}/root{disk}/ballast")
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+    first.ask(None)
+    assert first.end() == 2, first.output
+    assert "Traceback" not in first.output
+    (line,) = [line for line in first.output.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in line and "run the same command again" in line
+    (kept / "ballast").unlink()
+    before = finished(kept)
+    result = driver(store=kept).result()
+    assert states(result)["pretrain"] == "resumed"
+    assert_went_on(result, kept, before, unbroken)
 
 
 @pytest.fixture(scope="module")
