@@ -47,8 +47,8 @@ class Checkpoint(Artifact):
         pixels: int, precision: str, curves: list[tuple[int, str, float]], facts: dict[str, Any],
     ) -> Checkpoint:  # fmt: skip
         """Write a method's whole state and how to build it again."""
-        safetensors.torch.save_file({name: value.contiguous().cpu() for name, value in state.items()},
-                                    folder / "model.safetensors")  # fmt: skip
+        weights = safetensors.torch.save({name: value.contiguous().cpu() for name, value in state.items()})
+        (folder / "model.safetensors").write_bytes(weights)  # its own writing says of a full disk no error number
         model = {"encoder": encoder.to_json(), "method": method.to_json(), "classes": list(classes), "pixels": pixels,
                  "precision": precision}  # fmt: skip
         write_json(folder / "model.json", model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,8 +42,11 @@ class Order:
         rows = torch.empty_like(position)
         for number in epoch.unique().tolist():
             here = epoch == number
-            rows[here] = self._permutation(number)[place[here]]
+            rows[here] = _permutation(self.seed, self.rows, number)[place[here]]
         return rows, epoch
 
-    def _permutation(self, epoch: int) -> Tensor:
-        return Draws.of(self.seed, 0, torch.tensor([epoch])).permutation(self.rows)[0]
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, rows: int, epoch: int) -> Tensor:
+    """The order of an epoch, (rows,) int64; kept, since each step of the epoch asks for it."""
+    return Draws.of(seed, 0, torch.tensor([epoch])).permutation(rows)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ NAME = "training.pt"
 
 def save(workdir: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint; a crash at any time leaves the old or the new one. `state`: tensors and plain values."""
-    buffer = io.BytesIO()  # written by Python, so that a full disk is an OSError; torch's own writing says something else
+    buffer = io.BytesIO()  # written by Python, so that a full disk is an OSError: torch says something else of it
     torch.save(state, buffer)
     replace_file(workdir / NAME, lambda part: part.write_bytes(buffer.getbuffer()))
 
@@ -27,6 +28,6 @@ def load(workdir: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
         path.rename(path.with_suffix(".damaged"))
         return None

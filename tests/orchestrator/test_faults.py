@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,12 +14,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from orchestrator.artifacts import Labels
+from orchestrator.context import Context
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
+from orchestrator.stages.train import Fit
 from orchestrator.store import Store
 from tests.conftest import SMALL
+from tests.orchestrator.halting import Supervised
 
 pytestmark = [
     pytest.mark.cluster,
@@ -278,7 +284,6 @@ def test_a_driver_killed_goes_on_in_a_renamed_store(driver, store, unbroken, mom
     first = driver(store=store, halt=moment)
     first.reached()
     first.kill()
-    first.ask(None)
     first.gone()
     before = finished(store)
     moved = store.rename(store.with_name("renamed 移動"))
@@ -441,6 +446,31 @@ def unbroken_two(tmp_path_factory):
         return digests(result), ledger(place / "store", result)
     finally:
         run.close()
+
+
+def diverge(rank, root, rendezvous, ends):
+    """One of two training processes; the second one's loss is not a number."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    plan = prepare(parse(TWO_WORKERS), root, label="two").plans[0]
+    stage = next(planned.stage for planned in plan.stages if planned.name == "teacher")
+    if rank == 1:
+        step = Supervised.training_step
+        Supervised.training_step = lambda *given: {k: v * math.nan for k, v in step(*given).items()}
+    try:
+        fit = Fit(stage, Context(ends, ends, 0, plan.classes), plan.images["labelled"], None, None, None)
+        fit.run(part=rank, parts=2)
+    except FloatingPointError as error:
+        (ends / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_workers_stop_when_the_loss_of_one_is_not_finite(tmp_path):
+    prepare(parse(TWO_WORKERS), tmp_path / "store", label="two")
+    mp.spawn(diverge, (tmp_path / "store", tmp_path / "rendezvous", tmp_path), nprocs=2)
+    first, second = ((tmp_path / str(rank)).read_text() for rank in (0, 1))
+    assert first.startswith("another worker's loss is not finite at step 0: lower optim.lr")
+    assert second.startswith("loss is nan at step 0: lower optim.lr")
 
 
 @pytest.mark.slow
