@@ -16,7 +16,9 @@ def test_an_epoch_shows_each_image_at_most_once_and_all_where_they_fit(rows, bat
     places, numbers = (torch.cat(parts) for parts in zip(*seen, strict=True))
     for epoch in range(epochs - 1 if rows < batch else epochs):
         inside = places[numbers == epoch]
-        assert len(inside.unique()) == len(inside) == order.images_per_epoch and 0 <= inside.min() <= inside.max() < rows
+        assert (
+            len(inside.unique()) == len(inside) == order.images_per_epoch and 0 <= inside.min() <= inside.max() < rows
+        )
 
 
 @given(rows=st.integers(8, 60), seed=st.integers(0, 2**31), step=st.integers(0, 50))

@@ -729,7 +729,8 @@ def test_the_page_shows_the_store_takes_records_over_http_and_ends_with_its_proc
     record_one(Recorder(store / "run"), metrics=2)
     assert send(store, store / "run") is None
     port = free_port()
-    code = "import sys; from pathlib import Path; from orchestrator.tracking import serve; " + (
+    code = "import signal, sys; from pathlib import Path; from orchestrator.tracking import serve; " + (
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore Ctrl-C
         "sys.exit(serve(Path(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, str(store), str(port)]
