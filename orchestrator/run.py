@@ -104,8 +104,9 @@ def prepare(
 
 
 def batches_of(plan: Plan) -> dict[str, int]:
-    """Field to the smallest batch of each training, which its workers share."""
-    return {f"stages.{s.name}.batch": s.stage.batch for s in plan.stages if isinstance(s.stage, Train)}
+    """Field to the images that the workers of a training share at a time: a step's, or those of a part of it."""
+    trainings = ((s.name, s.stage) for s in plan.stages if isinstance(s.stage, Train))
+    return {f"stages.{name}.batch": stage.batch // stage.accumulate for name, stage in trainings}
 
 
 def execute(

@@ -14,7 +14,6 @@ NAMESPACE = "orchestrator"
 # set before ray is imported: Ray reads them once
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report waits for the next check: 2 s each by default
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,23 +27,27 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
     """(field, message) of what can never fit on the machine or the joined cluster's head, before anything starts.
 
     Args:
-        batches: stage name to the images of a step of its smallest stream, each of which every worker must share.
+        batches: field to the images that all workers share at a time: of a step, or of one of its accumulated parts.
     """
     found = []
     joined = bool(os.environ.get("RAY_ADDRESS"))
     if not joined and resources.workers > cores():
         found.append(("resources.workers", f"{resources.workers} training workers need a core each, this machine has "
                                            f"{cores()}; use {cores()} or fewer"))  # fmt: skip
+    elif not joined and 1 < resources.workers and resources.workers * (resources.threads or 1) > cores():
+        found.append(("resources.threads", f"{resources.workers} workers with {resources.threads} threads each need "
+                                           f"{resources.workers * (resources.threads or 1)} cores, this machine has "
+                                           f"{cores()}; use {cores() // resources.workers}"))  # fmt: skip
     if not joined and resources.labellers > cores():
         found.append(
             ("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}")
         )
     for name, batch in batches.items():
         if batch % resources.workers:
-            found.append((name, f"batch {batch} cannot be split evenly over resources.workers: {resources.workers}"))
+            found.append((name, f"{batch} images at a time cannot be split evenly over {resources.workers} workers"))
         elif resources.workers > 1 and batch // resources.workers < 2:
-            found.append((name, f"batch {batch} over {resources.workers} workers leaves {batch // resources.workers} "
-                                f"image each: batch norm needs 2 or more"))  # fmt: skip
+            found.append((name, f"{batch} images at a time over {resources.workers} workers leave "
+                                f"{batch // resources.workers} each: batch norm needs 2 or more"))  # fmt: skip
     return found
 
 

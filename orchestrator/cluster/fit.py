@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,15 +17,18 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup
 from torch import nn
 
 from orchestrator.cluster.extract import predict_in_pool
 from orchestrator.context import Forward, Interrupted
+from orchestrator.errors import UserError
 from orchestrator.recipe import Resources
 from orchestrator.stages.train import Fit
 
 CONTROLLER_TRIES = 3  # a controller that dies is not restarted by Ray; training goes on from its checkpoint
 LOST_WORKERS = 5  # how many times a worker group is started again after losing a worker
+GROUP = "group"  # file in a stage's working folder: the placement group its workers run in
 
 
 class RayWorkers:
@@ -37,7 +41,8 @@ class RayWorkers:
         """Run a training to its end, from its last checkpoint.
 
         Raises:
-            Interrupted: the user asked to stop. FloatingPointError: a loss is not finite.
+            Interrupted: the user asked to stop. FloatingPointError: a loss is not finite. UserError: the cluster has no
+                room for the workers.
         """
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         if self.resources.workers == 1:
@@ -57,6 +62,7 @@ class RayWorkers:
         )  # fmt: skip
         travelling = replace(job, context=replace(job.context, workers=None, notice=_silent))
         for attempt in range(CONTROLLER_TRIES):
+            _free_lost_group(job.context.workdir)
             config = RunConfig(
                 name=f"fit-{uuid.uuid4().hex[:8]}", storage_path=str(job.context.workdir / "ray"),
                 failure_config=FailureConfig(max_failures=LOST_WORKERS, controller_failure_limit=2),
@@ -72,6 +78,11 @@ class RayWorkers:
                     raise
             except TrainingFailedError as error:
                 failures = getattr(error, "worker_failures", {})
+                if "startup timed out" in str(error):
+                    raise UserError(
+                        f"resources.workers: {self.resources.workers} workers could not start, other work holds the "
+                        "cluster's CPUs or GPUs; wait for it, or lower resources.workers"
+                    ) from error
                 raise next(iter(failures.values()), error) from error
         raise AssertionError("unreachable")
 
@@ -97,6 +108,20 @@ def _beside(trainer: TorchTrainer) -> ray.train.Result:
     return end.result()
 
 
+def _free_lost_group(workdir: Path) -> None:
+    """End the workers that a dead controller or coordinator left of this training, and give back what they hold.
+
+    Ray has this done by an actor that looks its own cluster up on the machine, and gives up where it finds two of them.
+    """
+    path = workdir / GROUP
+    if not path.exists():
+        return
+    group = path.read_text()
+    if ray.util.placement_group_table().get(group, {}).get("state", "REMOVED") != "REMOVED":
+        ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+    path.unlink()
+
+
 def _silent(line: str) -> None:
     """Notices are the driver's."""
 
@@ -109,7 +134,9 @@ def _in_group(config: dict[str, Any]) -> str:
     """One worker of several: its end in a word, since Ray would retry an exception that is no accident."""
     job: Fit = config["job"]
     part, parts = dist.get_rank(), dist.get_world_size()
-    if part:
+    if part == 0:
+        (job.context.workdir / GROUP).write_text(ray.util.get_current_placement_group().id.hex())
+    else:
         job = replace(job, context=replace(job.context, recorder=None))
     try:
         job.run(part=part, parts=parts, wrap=_data_parallel)

@@ -360,6 +360,11 @@ MISTAKES = [
     (lambda place: ["resources.workers=999"], ["resources.workers", "999"]),
     (lambda place: ["resources.labellers=999"], ["resources.labellers", "999"]),
     (lambda place: ["resources.workers=2", "stages.teacher.batch=9"], ["stages.teacher.batch", "9"]),
+    (
+        lambda place: ["resources.workers=2", "stages.teacher.batch=4", "stages.teacher.accumulate=4"],
+        ["stages.teacher.batch", "1 images at a time"],
+    ),
+    (lambda place: ["resources.workers=2", "resources.threads=99"], ["resources.threads", "198 cores"]),
     (lambda place: ["stages.teacher.optim.lr=[1"], ["stages.teacher.optim.lr"]),
 ]
 
