@@ -81,9 +81,7 @@ def run(
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()  # Ray prints lost workers
     with aside, _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
         try:
-            result = execute(
-                prepared, started=_STARTED, notice=display.notice, finished=display.finished, ready=display.ready
-            )
+            result = execute(prepared, started=_STARTED, notice=display.notice, finished=display.finished)
         except Interrupted:
             display.close()
             display.line("Stopped. Everything done is kept; the same command goes on where it was.")

@@ -71,9 +71,6 @@ class Display:
         if prepared.data[0].quarantine:
             self.line(f"  the left-out files with their reasons: {prepared.folder / 'data.json'}")
 
-    def ready(self) -> None:
-        """Start-up is over."""
-
     def notice(self, text: str) -> None:
         """Something a person should know while it runs."""
         self.console.print(Text(f"! {text}", style="yellow" if self.live else ""))

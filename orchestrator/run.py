@@ -112,14 +112,12 @@ def batches_of(plan: Plan) -> dict[str, int]:
 def execute(
     prepared: Prepared, *, started: float | None = None, use_ray: bool = True,
     notice: Callable[[str], None] = lambda line: None, finished: Callable[[Outcome], None] = lambda outcome: None,
-    ready: Callable[[], None] = lambda: None,
 ) -> RunResult:  # fmt: skip
     """Run all plans, judge, report.
 
     Args:
         started: `time.perf_counter()` at the start of the process, for the bookkeeping of overhead.
         use_ray: False runs everything in this process, rounds too; answers are the same.
-        ready: called when start-up is over.
     Raises:
         Interrupted: the user asked to stop; everything done is kept. UserError: something the user can mend.
     """
@@ -146,7 +144,6 @@ def execute(
         from orchestrator.cluster.rounds import coordinated_rounds
 
         workers, rounds = RayWorkers(recipe.resources), {"rounds": coordinated_rounds}
-    ready()
     up = time.perf_counter()
     _record_head(prepared, recorder)
     sender.start()

@@ -164,6 +164,12 @@ class Driver:
         """Ctrl-C, as a terminal sends it: to the whole process group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def stop(self):
+        """Ctrl-C, and the time until the next step sees it."""
+        self.interrupt()
+        eventually(lambda: True if "stopping after this step" in self.output else None, "the answer to Ctrl-C")
+        time.sleep(0.25)  # a training looks up the wish five times a second
+
     def end(self):
         """The exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -361,8 +367,7 @@ INTERRUPT_MOMENTS = [
 def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(driver, store, unbroken, moment, stage):
     first = driver(store=store, halt=moment)
     first.reached()
-    first.interrupt()
-    eventually(lambda: True if "stopping after this step" in first.output else None, "the answer to Ctrl-C")
+    first.stop()
     first.ask(None)
     assert first.end() == 130
     assert "Stopped. Everything done is kept; the same command goes on" in first.output
@@ -378,8 +383,7 @@ def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(driver, store,
 def test_a_second_ctrl_c_quits_at_once_and_loses_nothing(driver, store, unbroken):
     first = driver(store=store, halt="SimCLR 0.50")
     first.reached()
-    first.interrupt()
-    eventually(lambda: True if "stopping after this step" in first.output else None, "the answer to Ctrl-C")
+    first.stop()
     first.interrupt()  # the step never ends: it waits
     assert first.end() == 130
     assert "Traceback" not in first.output
@@ -494,8 +498,7 @@ def test_two_workers_go_on_after_ctrl_c_after_their_controllers_death_and_after_
 ):
     first = driver(TWO_WORKERS, store=store, halt="Supervised 0.25")
     first.reached(processes=2)
-    first.interrupt()
-    eventually(lambda: True if "stopping after this step" in first.output else None, "the answer to Ctrl-C")
+    first.stop()
     first.ask(None)
     assert first.end() == 130 and "Traceback" not in first.output
     second = driver(TWO_WORKERS, store=store, halt="Supervised 0.50")
