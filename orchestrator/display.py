@@ -56,7 +56,8 @@ class Display:
         now = time.monotonic()
         if self.live and (self._reading is None or now - self._reading > 0.1 or done == total):
             self._reading = now
-            self.console.print(f"\r{what}: {done:,} of {total:,}", end="", markup=False)
+            self.console.file.write(f"\r\x1b[K{what}: {done:,} of {total:,}")  # rich would print the return as text
+            self.console.file.flush()
             if done == total:
                 self.close()
         elif not self.live and total > 20_000 and (self._reading is None or now - self._reading > LINE_SECONDS):
