@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from orchestrator.errors import UserError
@@ -29,8 +30,18 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
     Args:
         batches: field to the images that all workers share at a time: of a step, or of one of its accumulated parts.
     """
-    found = []
-    joined = bool(os.environ.get("RAY_ADDRESS"))
+    found: list[tuple[str, str]] = []
+    address = os.environ.get("RAY_ADDRESS", "")
+    joined = bool(address)
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "://" not in host:
+        try:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            found.append(
+                ("RAY_ADDRESS", f"{address}: nothing answers there ({reason}); unset it to run on this machine")
+            )
     if not joined and resources.workers > cores():
         found.append(("resources.workers", f"{resources.workers} training workers need a core each, this machine has "
                                            f"{cores()}; use {cores()} or fewer"))  # fmt: skip

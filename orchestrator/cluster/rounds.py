@@ -57,9 +57,12 @@ class Coordinator:
                 self.setting.recorder.flush()
 
     def status(self, seen: int = 0) -> dict[str, Any]:
-        """Where the rounds stand, at any moment: the stages' outcomes, and the notices after the first `seen`."""
+        """Where the rounds stand, at any moment: the stages' outcomes, the notices after the first `seen`, and how many
+        there are: fewer than `seen` after a restart, and then all are new."""
         names = [self.setting.prefix + stage.name for stage in self.plan.stages if stage.group == self.group]
-        return {"stages": read_outcomes(self.setting.folder, names), "notices": self.notices[seen:]}
+        count = len(self.notices)
+        new = self.notices[seen if seen <= count else 0 : count]
+        return {"stages": read_outcomes(self.setting.folder, names), "notices": new, "heard": count}
 
 
 CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4)(Coordinator)
@@ -96,9 +99,9 @@ def coordinated_rounds(
 
 def _listen(coordinator: Any, heard: int, notice: Callable[[str], None]) -> int:
     try:
-        lines = ray.get(coordinator.status.remote(heard), timeout=5)["notices"]
+        status = ray.get(coordinator.status.remote(heard), timeout=5)
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        return 0  # it is being restarted, and its list of notices with it
-    for line in lines:
+        return heard  # it is busy, or being restarted
+    for line in status["notices"]:
         notice(line)
-    return heard + len(lines)
+    return status["heard"]

@@ -484,6 +484,15 @@ def test_doctor_of_a_missing_folder_names_it_and_looks_at_the_others(orchestrato
     assert code == 2 and "missing" in out and "24" in out
 
 
+def test_a_cluster_that_does_not_answer_is_named(orchestrator, world, tmp_path, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        message = mistake(orchestrator, "run", *world.arguments, "--store", tmp_path / "store")
+    assert "RAY_ADDRESS" in message and f"{address}: nothing answers there (Connection refused)" in message
+
+
 def test_a_taken_port_is_named(orchestrator, world):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

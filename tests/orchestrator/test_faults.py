@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestrator.artifacts import Labels
+from orchestrator.cluster.rounds import Coordinator
 from orchestrator.context import Context
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
@@ -332,6 +333,17 @@ def test_a_coordinator_killed_comes_back_and_the_run_ends_as_if_nothing_happened
     assert {key: value for key, value in finished(store).items() if key in before} == before
     if moment.startswith("NoisyStudent"):
         assert states(result)["students.0.student"] == "resumed"
+
+
+def test_a_coordinator_tells_every_notice_once_and_all_of_them_again_after_a_restart(store):
+    prepared = prepare(parse(WAITING), store, label="small")
+    prepared.folder.mkdir(parents=True)
+    (prepared.folder / "recipe.yaml").write_text(prepared.recipe.text, encoding="utf-8")
+    coordinator = Coordinator("students", store, prepared.name, 0)
+    coordinator.notices += ["one", "two", "three"]
+    assert (coordinator.status(1)["notices"], coordinator.status(1)["heard"]) == (["two", "three"], 3)
+    assert coordinator.status(3)["notices"] == []
+    assert (coordinator.status(9)["notices"], coordinator.status(9)["heard"]) == (["one", "two", "three"], 3)
 
 
 @pytest.mark.slow
