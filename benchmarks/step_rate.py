@@ -266,7 +266,7 @@ def new_encoder(name: str) -> Encoder:
 def new_method(name: str) -> SimCLR:
     """Equal weights for every contestant."""
     torch.manual_seed(0)
-    return SimCLR(new_encoder(name), SimCLRConfig(temperature=TEMPERATURE), classes=0)
+    return SimCLR(new_encoder(name), SimCLRConfig(temperature=TEMPERATURE), classes=0, images=0)
 
 
 def open_images(folder: Path) -> tuple[str, Images]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from methods.views.draws import Draws
+
+if TYPE_CHECKING:
+    from methods.encoders import Encoder
 
 Transform = Callable[[Tensor, Draws], Tensor]
 Batch = Mapping[str, Tensor]
@@ -37,19 +40,41 @@ class View:
     stream: Stream = "unlabelled"
 
 
+class PretextTask(nn.Module, ABC):
+    """A puzzle made from unlabelled images: its head and its loss, for any encoder, so that several can share one."""
+
+    @abstractmethod
+    def forward(self, encoder: Encoder, images: Tensor, draws: Draws) -> Losses:
+        """Losses of one batch, in nats: "loss" is minimised, the others are only logged.
+
+        Args:
+            images: float32 (B, 3, H, W) in [0, 1], cropped and flipped.
+            draws: of the B images; everything random comes from them.
+        """
+
+    def on_start(self, images: Tensor) -> None:
+        """As `Method.on_start`."""
+
+
 class Method(nn.Module, ABC):
-    """One method, made as `cls(encoder, config, classes=K)`, K = 0 without labels.
+    """One method, made as `cls(encoder, config, classes=K, images=N)`: K classes of its labels (0 without), and the
+    number N of its unlabelled images (0 without), whose indices are 0 .. N - 1.
 
     `state_dict()` is its state, all of it: a teacher, a bank or a centre is a submodule or a buffer.
 
-    `progress` is the share of training done, in [0, 1). A batch maps each view's name to (B, 3, H, W), and, for each
-    stream, "<stream>.index" (B,); a labelled stream brings "label", (B,) int64; pseudo-labels of an unlabelled stream
-    come as "target", (B, K) float32 rows that sum to 1.
+    `progress` is the share of training done, in [0, 1). A batch maps each view's name to (B, 3, H, W), and for each
+    stream brings "<stream>.index" (B,) int64, and "<stream>.key" (B,) int64, of `Draws(key)`: what a method draws for
+    an image, such as a permutation, it draws from these. A labelled stream brings "label", (B,) int64; a teacher's
+    labels come as "target", (B, K) float32 rows that sum to 1.
     """
 
     Config: ClassVar[type[MethodConfig]]
     needs_targets: ClassVar[bool] = False  # reads "target", pseudo-labels of its unlabelled images
     needs_distinct: ClassVar[bool] = False  # an image must not be in a batch twice
+    clean_norm: ClassVar[bool] = (
+        False  # trains on what looks unlike an image: batch norm is set on clean ones at the end
+    )
+    skips_weights: ClassVar[bool] = False  # a step may leave some weights without a gradient
 
     @abstractmethod
     def views(self, pixels: int) -> tuple[View, ...]:
@@ -62,6 +87,9 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Features (B, dim) that probes, k-NN and clusters read, of images (B, 3, H, W) in [0, 1]."""
+
+    def on_start(self, images: Tensor) -> None:
+        """Before the first step: clean unlabelled images (M, 3, H, W) in [0, 1], for priors. Default: nothing."""
 
     def on_step_end(self, progress: float) -> None:
         """After the optimiser's step: EMA, bank, centre. Default: nothing."""

@@ -45,14 +45,27 @@ class Encoder(nn.Module, ABC):
     def trunk(self, images: Tensor) -> dict[str, Tensor]:
         """Every tap's map (B, C, H, W) of normalised images (B, 3, H, W); the last is pooled to the feature."""
 
-    def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Every tap by name, of images (B, 3, H, W) in [0, 1]: maps (B, C, H, W), and "gap", the feature (B, dim)."""
-        taps = self.trunk((images - self.mean) / self.std)
+    def maps(self, images: Tensor, *, normalised: bool = False) -> dict[str, Tensor]:
+        """Every tap by name, of images (B, 3, H, W) in [0, 1]: maps (B, C, H, W), and "gap", the feature (B, dim).
+
+        Args:
+            normalised: the images are normalised already, such as tiles with mean 0 and deviation 1 each.
+        """
+        taps = self.trunk(images if normalised else (images - self.mean) / self.std)
         return {**taps, "gap": reduce(next(reversed(taps.values())), "b c h w -> b c", "mean")}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The feature (B, dim) of images (B, 3, H, W) in [0, 1]."""
-        return self.maps(images)["gap"]
+    def forward(self, images: Tensor, *, normalised: bool = False) -> Tensor:
+        """The feature (B, dim) of images (B, 3, H, W) in [0, 1]; `normalised` as in `maps`."""
+        return self.maps(images, normalised=normalised)["gap"]
+
+
+@torch.no_grad()
+def tap_shapes(encoder: Encoder, pixels: int = 32) -> dict[str, tuple[int, ...]]:
+    """Tap name to the shape of its map, (C, H, W), for images of `pixels`; "gap" to (dim,)."""
+    training = encoder.training
+    maps = encoder.eval().maps(torch.zeros(1, 3, pixels, pixels, device=encoder.mean.device))
+    encoder.train(training)
+    return {name: tuple(value.shape[1:]) for name, value in maps.items()}
 
 
 def survival(blocks: int, last: float) -> tuple[float, ...]:

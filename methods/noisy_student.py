@@ -43,7 +43,7 @@ class NoisyStudent(Method):
     Config = NoisyStudentConfig
     needs_targets = True
 
-    def __init__(self, encoder: Encoder, config: NoisyStudentConfig, *, classes: int) -> None:
+    def __init__(self, encoder: Encoder, config: NoisyStudentConfig, *, classes: int, images: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         set_drop_path(encoder, config.drop_path)

@@ -41,7 +41,7 @@ class SimCLR(Method):
     Config = SimCLRConfig
     needs_distinct = True  # an image that is in a batch twice would be its own negative
 
-    def __init__(self, encoder: Encoder, config: SimCLRConfig, *, classes: int) -> None:
+    def __init__(self, encoder: Encoder, config: SimCLRConfig, *, classes: int, images: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         self.projector = mlp(encoder.dim, encoder.dim, config.out_dim)  # dropped after pretraining: probe h, never z

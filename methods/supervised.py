@@ -36,7 +36,7 @@ class Supervised(Method):
 
     Config = SupervisedConfig
 
-    def __init__(self, encoder: Encoder, config: SupervisedConfig, *, classes: int) -> None:
+    def __init__(self, encoder: Encoder, config: SupervisedConfig, *, classes: int, images: int) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder
         set_drop_path(encoder, config.drop_path)

@@ -44,13 +44,13 @@ class Checkpoint(Artifact):
     @staticmethod
     def write(
         folder: Path, *, state: dict[str, Tensor], encoder: Component, method: Component, classes: tuple[str, ...],
-        pixels: int, precision: str, curves: list[tuple[int, str, float]], facts: dict[str, Any],
+        images: int, pixels: int, precision: str, curves: list[tuple[int, str, float]], facts: dict[str, Any],
     ) -> Checkpoint:  # fmt: skip
         """Write a method's whole state and how to build it again."""
         weights = safetensors.torch.save({name: value.contiguous().cpu() for name, value in state.items()})
         (folder / "model.safetensors").write_bytes(weights)  # its own writing says of a full disk no error number
-        model = {"encoder": encoder.to_json(), "method": method.to_json(), "classes": list(classes), "pixels": pixels,
-                 "precision": precision}  # fmt: skip
+        model = {"encoder": encoder.to_json(), "method": method.to_json(), "classes": list(classes), "images": images,
+                 "pixels": pixels, "precision": precision}  # fmt: skip
         write_json(folder / "model.json", model)
         columns = list(zip(*curves, strict=True)) if curves else [(), (), ()]
         pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, Checkpoint.SCHEMA, strict=True)],
@@ -59,7 +59,7 @@ class Checkpoint(Artifact):
 
     @property
     def model(self) -> dict[str, Any]:
-        """encoder, method, classes, pixels, precision."""
+        """encoder, method, classes, images, pixels, precision."""
         return json.loads((self.folder / "model.json").read_text(encoding="utf-8"))
 
     @property
@@ -81,7 +81,9 @@ class Checkpoint(Artifact):
                 f"{self.folder / 'model.json'}: {error.problems[0][1]}; it was trained with a class of yours: "
                 "run where that class can be imported"
             ) from error
-        built = method.cls(encoder.cls(encoder.config), method.config, classes=len(model["classes"]))
+        built = method.cls(
+            encoder.cls(encoder.config), method.config, classes=len(model["classes"]), images=model["images"]
+        )
         built.load_state_dict(self.state())
         return built.eval().requires_grad_(False)
 
@@ -107,6 +109,11 @@ class Labels(Artifact):
         """Write the ledger's rows; `columns` by the names of SCHEMA."""
         pq.write_table(pa.table(columns, schema=Labels.SCHEMA), folder / "labels.parquet", compression="zstd")
         return Labels(folder, facts)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the clusters, where the labels are clusters; empty where they are the data's classes."""
+        return tuple(f"cluster {number}" for number in range(self.facts.get("clusters", 0)))
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The rows, with the columns of SCHEMA."""

@@ -29,6 +29,7 @@ class Planned:
     work: Mapping[str, Any]
     round: int | None
     group: str | None
+    vocabulary: tuple[str, ...]  # the classes its answer speaks of
 
     @property
     def kind(self) -> str:
@@ -85,7 +86,8 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
         planned[node.name] = Planned(node.name, node.stage, key, drawn_from, node.inputs, question,
-                                     node.stage.work(wiring), node.round, node.group)  # fmt: skip
+                                     node.stage.work(wiring), node.round, node.group,
+                                     node.stage.vocabulary(wiring))  # fmt: skip
     if problems:
         raise report(label, problems)
     return Plan(recipe.name, recipe.seed + seed, tuple(planned.values()), recipe.rounds, data.splits, data.classes)
@@ -99,8 +101,16 @@ def _wiring(node: Node, recipe: Recipe, data: Data, planned: Mapping[str, Planne
             images[name] = tuple(data.splits[target] for target in targets)
         else:
             stages[name] = tuple(stage for target in targets for stage in _sources(target, recipe, planned))
-    pixels = recipe.data.pixels
-    return Wiring(images, stages, data.classes, pixels)
+    spoken = {
+        name: tuple(_vocabulary(target, recipe, data, planned) for target in targets)
+        for name, targets in node.inputs.items() if name in stages
+    }  # fmt: skip
+    return Wiring(images, stages, data.classes, recipe.data.pixels, spoken)
+
+
+def _vocabulary(target: str, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> tuple[str, ...]:
+    target = recipe.rounds[target].gates[-1] if target in recipe.rounds else target
+    return planned[target].vocabulary if target in planned else data.classes
 
 
 def _sources(target: str, recipe: Recipe, planned: Mapping[str, Planned]) -> list[Stage]:

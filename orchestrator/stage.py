@@ -23,6 +23,10 @@ class Stage:
 
     version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently
 
+    def vocabulary(self, wiring: Wiring) -> tuple[str, ...]:
+        """The classes its answer speaks of: the data's own, unless it makes others."""
+        return wiring.classes
+
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         """(field, message) of what is wrong with this stage among its neighbours, found before anything runs."""
         return []
@@ -44,6 +48,16 @@ class Wiring:
     stages: Mapping[str, tuple[Stage, ...]]  # input name to the stages whose answers it reads
     classes: tuple[str, ...]
     pixels: int
+    vocabulary: Mapping[str, tuple[tuple[str, ...], ...]]  # input name to the classes that those stages speak of
+
+
+def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
+    """What is wrong with inputs that must be classifiers of the data's own classes."""
+    return [
+        (f"inputs.{name}", f"tells {len(spoken)} other classes apart ({spoken[0]} ...), not the data's "
+         f"{len(wiring.classes)}: fine-tune it on labelled images first (init: ...)")
+        for name in names for spoken in wiring.vocabulary.get(name, ()) if spoken and spoken != wiring.classes
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

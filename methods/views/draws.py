@@ -58,6 +58,10 @@ class Draws:
         """An independent sequence per sample, for one operation of a composition."""
         return Draws(mix(self.key * _MIX1 + stream * 2 + 1))
 
+    def parts(self, count: int) -> Draws:
+        """The draws of `count` parts of each sample, such as its tiles: (B * count,), a sample's together."""
+        return Draws(torch.stack([self.fork(part).key for part in range(count)], dim=1).flatten())
+
     def bits(self, count: int) -> Tensor:
         """(B, count) int64, uniform over all 64-bit patterns."""
         position = torch.arange(1, count + 1, device=self.key.device) * _GOLDEN

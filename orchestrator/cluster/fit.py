@@ -20,6 +20,8 @@ from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from torch import nn
 
+from methods.bank import MemoryBank
+from methods.base import Method
 from orchestrator.cluster.extract import predict_in_pool
 from orchestrator.context import Forward, Interrupted
 from orchestrator.errors import UserError
@@ -147,8 +149,14 @@ def _in_group(config: dict[str, Any]) -> str:
     return ""
 
 
-def _data_parallel(method: nn.Module) -> nn.Module:
+def _data_parallel(method: Method) -> nn.Module:
     on_gpu = next(method.parameters()).is_cuda
     if on_gpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    return nn.parallel.DistributedDataParallel(method, device_ids=[torch.cuda.current_device()] if on_gpu else None)
+    banks = [f"{name}.rows" for name, module in method.named_modules() if isinstance(module, MemoryBank)]
+    # each worker writes all workers' rows itself; sending the whole bank at every step would cost more than the step
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, banks)
+    return nn.parallel.DistributedDataParallel(
+        method, device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        find_unused_parameters=method.skips_weights,
+    )  # fmt: skip

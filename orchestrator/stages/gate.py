@@ -11,7 +11,7 @@ from methods.metrics import wilson_interval
 from orchestrator.artifacts import Checkpoint, Decision
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage
+from orchestrator.stage import Stage, Wiring, foreign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class Gate(Stage):
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance = {self.tolerance}: must be in [0, 1)")
+
+    def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
+        return foreign(wiring, "teacher", "student")
 
     def run(
         self, context: Context, *, teacher: Checkpoint, student: Checkpoint, images: Images | None = None

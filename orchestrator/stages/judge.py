@@ -17,7 +17,7 @@ from methods.metrics import expected_calibration_error, paired_bootstrap, wilson
 from orchestrator.artifacts import Checkpoint, Verdict
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage, Wiring
+from orchestrator.stage import Stage, Wiring, foreign
 from orchestrator.stages.train import Train
 
 STUDENT_T = {
@@ -44,6 +44,8 @@ class Judge(Stage):
     resamples: int = 10_000  # of the paired bootstrap
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
+        if alien := foreign(wiring, "baseline", "final", "arms"):
+            return alien
         baseline = next((s for s in wiring.stages["baseline"] if isinstance(s, Train)), None)
         finals = [s for s in wiring.stages["final"] if isinstance(s, Train)]
         if baseline is None or not finals:

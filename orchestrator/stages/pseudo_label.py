@@ -13,7 +13,7 @@ from methods.selection import REASONS, Selection, select
 from orchestrator.artifacts import Checkpoint, Labels
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage, StopRound, Wiring
+from orchestrator.stage import Stage, StopRound, Wiring, foreign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PseudoLabel(Stage):
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         if any(len(images) == 0 for images in wiring.images.get("images", ())):
             return [("inputs.images", "has no images: there is nothing to label")]
-        return []
+        return foreign(wiring, "teacher")
 
     def work(self, wiring: Wiring) -> dict[str, Any]:
         return {"images": sum(len(images) for images in wiring.images["images"])}

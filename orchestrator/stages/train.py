@@ -22,22 +22,27 @@ from orchestrator.data.loader import Order
 from orchestrator.stage import Stage, Wiring
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import Stream, train_steps
+from orchestrator.training.norm import clean_images, reset_norm
 from orchestrator.training.optim import Optim
 from orchestrator.training.precision import auto_precision, device
 
 LOG_EVERY = 20  # steps between logged losses: reading one is a device synchronisation
+SAMPLE = 4096  # clean images that priors and the statistics of batch norm are taken from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Stage):
-    """Train `method` on `encoder`; `steps` or `epochs` (of the unlabelled stream if there is one) say for how long."""
+    """Train `method` on `encoder`; `steps` or `epochs` (of the unlabelled stream if there is one) say for how long.
+
+    A method of labelled images alone learns from `labelled`, or from `images` with `labels`: clusters, or a teacher's.
+    """
 
     encoder: Component
     method: Component
     optim: Optim
     batch: int  # images of the method's first stream a step, over all workers
     unlabelled_ratio: int = 1  # with two streams: unlabelled images for each labelled one
-    steps: int | None = None
+    steps: int | None = None  # 0: the weights as they are drawn, the anchor of comparisons
     epochs: float | None = None
     ema: float = 0.0  # decay of the weights' average, which then is the answer; 0: the weights themselves
     clip: float | None = None  # largest gradient norm
@@ -47,10 +52,12 @@ class Train(Stage):
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
-        for name in ("batch", "unlabelled_ratio", "accumulate", "steps", "epochs", "clip"):
+        for name in ("batch", "unlabelled_ratio", "accumulate", "epochs", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} = {value}: must be > 0")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps = {self.steps}: must be >= 0; 0 leaves the weights as they are drawn")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema}: must be in [0, 1)")
         if self.batch % self.accumulate:
@@ -58,22 +65,35 @@ class Train(Stage):
 
     # what is asked, before anything runs
 
-    def build(self, classes: int) -> tuple[Method, Encoder]:
+    def build(self, classes: int, images: int) -> tuple[Method, Encoder]:
         """The method with fresh weights from the current generator, and its encoder."""
         encoder = self.encoder.cls(self.encoder.config)
-        return self.method.cls(encoder, self.method.config, classes=classes), encoder
+        return self.method.cls(encoder, self.method.config, classes=classes, images=images), encoder
+
+    def vocabulary(self, wiring: Wiring) -> tuple[str, ...]:
+        return wiring.vocabulary["labels"][0] if "labels" in wiring.stages else wiring.classes
+
+    def _draft(self, wiring: Wiring) -> tuple[Method, set[str]]:
+        """The method without memory for its weights, and the streams it reads."""
+        with torch.device("meta"):
+            images = sum(len(images) for images in wiring.images.get("images", ()))
+            method, _ = self.build(len(self.vocabulary(wiring)), images)
+            return method, {view.stream for view in method.views(wiring.pixels)}
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
-        with torch.device("meta"):
-            try:
-                method, _ = self.build(len(wiring.classes))
-                streams = {view.stream for view in method.views(wiring.pixels)}
-            except ValueError as error:
-                return [("method", str(error))]
+        try:
+            method, streams = self._draft(wiring)
+        except ValueError as error:
+            return [("method", str(error))]
         name = self.method.use.rpartition(".")[2]
-        needed = {"labelled": "labelled" in streams, "images": "unlabelled" in streams, "labels": method.needs_targets}
         given = {*wiring.images, *wiring.stages}
+        if streams == {"labelled"} and {"images", "labels"} & given and "labelled" not in given:
+            needed = {"labelled": False, "images": True, "labels": True}
+        else:
+            needed = {
+                "labelled": "labelled" in streams, "images": "unlabelled" in streams, "labels": method.needs_targets
+            }  # fmt: skip
         for key, need in needed.items():
             if need and key not in given:
                 found.append((f"inputs.{key}", f"missing: {name} learns from it"))
@@ -81,7 +101,9 @@ class Train(Stage):
                 found.append((f"inputs.{key}", f"{name} does not read it; leave it out"))
         if found:
             return found
-        for key, size in (("labelled", self.batch), ("images", self._unlabelled_batch(streams))):
+        if method.needs_targets and self.vocabulary(wiring) != wiring.classes:
+            found.append(("inputs.labels", f"are not of the data's classes, and {name} learns both together"))
+        for key, size in self._sizes(streams).items():
             rows = sum(len(images) for images in wiring.images.get(key, ()))
             if key == "images" and method.needs_distinct and rows < size:
                 found.append((
@@ -100,15 +122,14 @@ class Train(Stage):
         return found
 
     def resolved(self, wiring: Wiring) -> dict[str, Any]:
+        if self.precision != "auto":
+            return {"precision": self.precision}
         with torch.device("meta"):
-            _, encoder = self.build(len(wiring.classes))
-        return {"precision": auto_precision(encoder) if self.precision == "auto" else self.precision}
+            return {"precision": auto_precision(self.encoder.cls(self.encoder.config))}
 
     def work(self, wiring: Wiring) -> dict[str, Any]:
-        with torch.device("meta"):
-            method, _ = self.build(len(wiring.classes))
-        streams = {view.stream for view in method.views(wiring.pixels)}
-        sizes = {"labelled": self.batch, "images": self._unlabelled_batch(streams)}
+        method, streams = self._draft(wiring)
+        sizes = self._sizes(streams)
         rows = {key: sum(len(i) for i in wiring.images.get(key, ())) for key in sizes if key in wiring.images}
         steps = self._steps(rows, sizes)
         return {
@@ -117,8 +138,9 @@ class Train(Stage):
             "passes": {key: round(steps * sizes[key] / max(1, n), 1) for key, n in rows.items()},
         }  # fmt: skip
 
-    def _unlabelled_batch(self, streams: Collection[str]) -> int:
-        return self.batch * self.unlabelled_ratio if "labelled" in streams else self.batch
+    def _sizes(self, streams: Collection[str]) -> dict[str, int]:
+        """Images a step, by input."""
+        return {"labelled": self.batch, "images": self.batch * (self.unlabelled_ratio if len(streams) == 2 else 1)}
 
     def _steps(self, rows: dict[str, int], sizes: dict[str, int]) -> int:
         if self.steps is not None:
@@ -144,7 +166,8 @@ class Train(Stage):
         context.computing += state["seconds"] - (earlier["seconds"] if earlier else 0.0)
         weights = state["average"] or state["method"]
         return Checkpoint.write(
-            context.output, state=weights, encoder=self.encoder, method=self.method, classes=context.classes,
+            context.output, state=weights, encoder=self.encoder, method=self.method, classes=job.classes,
+            images=job.unlabelled,
             pixels=state["pixels"], precision=state["precision"], curves=[tuple(row) for row in state["curves"]],
             facts={"steps": state["step"], "images_seen": state["images"], "precision": state["precision"],
                    "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point())},
@@ -162,23 +185,38 @@ class Fit:
     labels: Labels | None
     init: Checkpoint | None
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the answer tells apart."""
+        return self.context.classes if self.labels is None else self.labels.classes or self.context.classes
+
+    @property
+    def unlabelled(self) -> int:
+        """How many unlabelled images there are."""
+        return 0 if self.images is None else len(self.images)
+
     def streams(self, views: set[str]) -> tuple[Stream, ...]:
         """The streams the method's views name, in their endless orders."""
-        seed = self.context.seed
+        seed, sizes = self.context.seed, self.stage._sizes(views)
         found = []
         if "labelled" in views and self.labelled is not None:
-            order = Order(len(self.labelled), self.stage.batch, seed * 2)
+            order = Order(len(self.labelled), sizes["labelled"], seed * 2)
             found.append(Stream("labelled", self.labelled, order, label=torch.from_numpy(self.labelled.label.copy())))
-        if "unlabelled" in views and self.images is not None:
-            batch = self.stage._unlabelled_batch(views)
-            rows = target = None
-            count = len(self.images)
-            if self.labels is not None:
-                copies = torch.from_numpy(self.labels.table(["copies"])["copies"].to_numpy().astype("int64"))
-                rows = torch.arange(count).repeat_interleave(copies)
-                target = torch.from_numpy(self.labels.probabilities().copy())[rows]
-                count = len(rows)
-            found.append(Stream("unlabelled", self.images, Order(count, batch, seed * 2 + 1), target=target, rows=rows))
+        if self.images is None:
+            return tuple(found)
+        if self.labels is None:
+            found.append(Stream("unlabelled", self.images, Order(len(self.images), sizes["images"], seed * 2 + 1)))
+            return tuple(found)
+        table = self.labels.table(["copies", "class"])
+        copies = torch.from_numpy(table["copies"].to_numpy().astype("int64"))
+        rows = torch.arange(len(self.images)).repeat_interleave(copies)
+        order = Order(len(rows), sizes["images"], seed * 2 + 1)
+        if "unlabelled" in views:
+            target = torch.from_numpy(self.labels.probabilities().copy())[rows]
+            found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))
+        else:
+            label = torch.from_numpy(table["class"].to_numpy().astype("int64"))[rows]
+            found.append(Stream("labelled", self.images, order, label=label, rows=rows))
         return tuple(found)
 
     def run(self, *, part: int = 0, parts: int = 1, wrap: Any = None) -> None:
@@ -194,7 +232,7 @@ class Fit:
         torch.set_num_threads(context.threads)
         where = device()
         torch.manual_seed(context.seed)
-        method, encoder = stage.build(len(context.classes))
+        method, encoder = stage.build(len(self.classes), self.unlabelled)
         precision = auto_precision(encoder) if stage.precision == "auto" else stage.precision
         if self.init is not None:
             trunk = {k.removeprefix("encoder."): v for k, v in self.init.state().items() if k.startswith("encoder.")}
@@ -202,13 +240,12 @@ class Fit:
         method = method.to(where).to(memory_format=torch.channels_last).train()
         average = averaged_copy(method) if stage.ema else None
         optimizer = stage.optim.build(method)
-        pixels = next(i for i in (self.labelled, self.images) if i is not None).pixels
+        clean = next(i for i in (self.images, self.labelled) if i is not None)
+        pixels = clean.pixels
         streams = self.streams({view.stream for view in method.views(pixels)})
         sizes = {stream.name: stream.order.batch for stream in streams}
-        total = stage._steps(
-            {("images" if s.name == "unlabelled" else s.name): s.order.rows for s in streams},
-            {("images" if s.name == "unlabelled" else s.name): s.order.batch for s in streams},
-        )
+        named = {("images" if s.images is self.images else "labelled"): s.order for s in streams}
+        total = stage._steps({k: o.rows for k, o in named.items()}, {k: o.batch for k, o in named.items()})
         start, seconds, curves = 0, 0.0, []
         saved = training_state.load(context.workdir)
         if saved is not None:
@@ -218,6 +255,8 @@ class Fit:
                 average.load_state_dict(saved["average"])
             start, seconds, curves = saved["step"], saved["seconds"], [tuple(row) for row in saved["curves"]]
             context.notice(f"goes on from step {start} of {total}")
+        elif self.images is not None:
+            method.on_start(clean_images(self.images, SAMPLE, context.seed).to(where))
 
         def save(step: int) -> None:
             if part == 0:
@@ -259,7 +298,13 @@ class Fit:
                 last_save = time.monotonic()
                 if stop:
                     raise Interrupted
-        save(total)
+        if start < total or total == 0:  # a finished checkpoint has this behind it
+            if method.clean_norm or total == 0:
+                sample = clean_images(clean, SAMPLE, context.seed).to(where)
+                for model in (method, average):
+                    if model is not None:
+                        reset_norm(model, sample, precision)
+            save(total)
 
     def _read(self, losses: dict[str, Tensor], step: int, parts: int) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}

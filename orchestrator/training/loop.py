@@ -19,6 +19,8 @@ from orchestrator.data.loader import Order
 from orchestrator.training.optim import Optim
 from orchestrator.training.precision import autocast
 
+OWN = -1  # the view number of what a method draws itself
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -62,6 +64,7 @@ def make_batch(
         if device.type == "cuda":
             images = images.pin_memory().to(device, non_blocking=True)
         batch[f"{stream.name}.index"] = place.to(device)
+        batch[f"{stream.name}.key"] = Draws.of(seed, epoch, place, OWN).key.to(device)
         for number, view in enumerate(views):
             if view.stream == stream.name:
                 draws = Draws.of(seed, epoch.to(device), place.to(device), number)

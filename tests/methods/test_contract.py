@@ -34,7 +34,7 @@ METHODS = list(every_method())
 
 def build(cls, norm="batch"):
     torch.manual_seed(0)
-    return cls(SmallCNN(SmallCNNConfig(width=0.25, norm=norm)), cls.Config(), classes=CLASSES)
+    return cls(SmallCNN(SmallCNNConfig(width=0.25, norm=norm)), cls.Config(), classes=CLASSES, images=BATCH)
 
 
 def batch_of(method, seed=0, rows=BATCH):
@@ -45,6 +45,7 @@ def batch_of(method, seed=0, rows=BATCH):
     }
     index = torch.arange(rows)
     batch = {f"{name}.index": index for name in images}
+    batch |= {f"{name}.key": Draws.of(seed, 0, index, -1).key for name in images}
     for number, view in enumerate(method.views(PIXELS)):
         batch[view.name] = view.transform(images[view.stream], Draws.of(seed, 0, index, number))
     batch["label"] = torch.arange(rows) % CLASSES

@@ -20,10 +20,10 @@ def build(name):
     torch.manual_seed(0)
     encoder = SmallCNN(SmallCNNConfig(width=0.25, norm="group"))
     if name == "simclr":
-        method = SimCLR(encoder, SimCLRConfig(), classes=0)
+        method = SimCLR(encoder, SimCLRConfig(), classes=0, images=0)
         method.projector[1] = torch.nn.Identity()
     else:
-        method = NoisyStudent(encoder, NoisyStudentConfig(dropout=0.0), classes=3)
+        method = NoisyStudent(encoder, NoisyStudentConfig(dropout=0.0), classes=3, images=0)
     return method.double()
 
 
