@@ -41,7 +41,12 @@ class View:
 
 
 class PretextTask(nn.Module, ABC):
-    """A puzzle made from unlabelled images: its head and its loss, for any encoder, so that several can share one."""
+    """A puzzle made from unlabelled images: its head and its loss, for any encoder, so that several can share one.
+
+    `chance_loss` is about what guessing costs, in the loss's units: ln 4 for rotation.
+    """
+
+    chance_loss: float = 1.0
 
     @abstractmethod
     def forward(self, encoder: Encoder, images: Tensor, draws: Draws) -> Losses:
@@ -69,6 +74,7 @@ class Method(nn.Module, ABC):
     """
 
     Config: ClassVar[type[MethodConfig]]
+    encoder: Encoder
     needs_targets: ClassVar[bool] = False  # reads "target", pseudo-labels of its unlabelled images
     needs_distinct: ClassVar[bool] = False  # an image must not be in a batch twice
     clean_norm: ClassVar[bool] = (

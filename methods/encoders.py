@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from einops import reduce
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -66,6 +68,32 @@ def tap_shapes(encoder: Encoder, pixels: int = 32) -> dict[str, tuple[int, ...]]
     maps = encoder.eval().maps(torch.zeros(1, 3, pixels, pixels, device=encoder.mean.device))
     encoder.train(training)
     return {name: tuple(value.shape[1:]) for name, value in maps.items()}
+
+
+TAP_NUMBERS = 1152  # of a pooled tap: of SmallCNN's taps this makes 32 x 6 x 6, 64 x 4 x 4, 128 x 3 x 3 and 256 x 2 x 2
+
+
+def _pooled_side(channels: int, side: int) -> int:
+    return max(1, min(side, math.isqrt(TAP_NUMBERS // channels)))
+
+
+def pooled_size(shape: tuple[int, ...]) -> int:
+    """How many numbers `pooled_taps` leaves of a map (C, H, W) or a feature (dim,)."""
+    return shape[0] if len(shape) == 1 else shape[0] * _pooled_side(shape[0], min(shape[1:])) ** 2
+
+
+def pooled_taps(encoder: Encoder, images: Tensor) -> Tensor:
+    """All taps of images (B, 3, H, W) in [0, 1] side by side, (B, D), each pooled to at most TAP_NUMBERS numbers.
+
+    Maps of few channels keep more places, so that depth is compared and not width (Goyal et al. 2019,
+    arXiv:1905.01235, appendix).
+    """
+    found = []
+    for value in encoder.maps(images).values():
+        if value.ndim == 4:
+            value = F.adaptive_avg_pool2d(value, _pooled_side(value.shape[1], min(value.shape[2:]))).flatten(1)
+        found.append(value.float())
+    return torch.cat(found, dim=1)
 
 
 def survival(blocks: int, last: float) -> tuple[float, ...]:

@@ -127,7 +127,8 @@ class Labels(Artifact):
 
 @dataclass(frozen=True)
 class Scores(Artifact):
-    """The answers of a probe: `scores.json`, a list of {protocol, metric, value, low, high, n}."""
+    """The answers of a probe: `scores.json`, a list of {protocol, metric, value, low, high, n}, with
+    `tap` where a protocol reads several."""
 
     kind: ClassVar[str] = "Scores"
 
@@ -135,11 +136,27 @@ class Scores(Artifact):
     def write(folder: Path, scores: list[dict[str, Any]]) -> Scores:
         """Write the records; the facts name each value by "protocol_metric"."""
         write_json(folder / "scores.json", scores)
-        return Scores(folder, {f"{s['protocol']}_{s['metric']}": s["value"] for s in scores})
+        return Scores(folder, {
+            "_".join(filter(None, (s["protocol"], s.get("tap"), s["metric"]))): s["value"] for s in scores
+        })  # fmt: skip
 
     def scores(self) -> list[dict[str, Any]]:
         """The records, as written."""
         return json.loads((self.folder / "scores.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Table(Artifact):
+    """Scores of several arms: facts {arms: [{key, scores}], protocol, claims, random, supervised}, keys of Scores; see
+    `orchestrator.comparison`."""
+
+    kind: ClassVar[str] = "Table"
+
+    @staticmethod
+    def write(folder: Path, facts: dict[str, Any]) -> Table:
+        """Write the table, for people and for the report."""
+        write_json(folder / "table.json", facts)
+        return Table(folder, facts)
 
 
 @dataclass(frozen=True)
@@ -179,4 +196,4 @@ class Verdict(Artifact):
         return pq.read_table(self.folder / "predictions.parquet")
 
 
-KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Checkpoint, Labels, Scores, Decision, Verdict)}
+KINDS: dict[str, type[Artifact]] = {kind.kind: kind for kind in (Checkpoint, Labels, Scores, Table, Decision, Verdict)}

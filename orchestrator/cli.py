@@ -179,7 +179,7 @@ def show(
     head = read_head(folder)
     stages = status_rows(store, folder)
     report = str(write_report(opened, folder))
-    result = RunResult(folder.name, str(opened.root), report, head.get("verdict"), stages)
+    result = RunResult(folder.name, str(opened.root), report, head.get("verdict"), stages, head.get("comparison"))
     if as_json:
         _print_json(result.json())
         return

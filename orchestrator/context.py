@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from methods.encoders import pooled_size, pooled_taps, tap_shapes
 from methods.views.draws import Draws
 from orchestrator.artifacts import Checkpoint
 from orchestrator.data.images import Images
@@ -21,6 +25,11 @@ from orchestrator.training.precision import autocast, device
 
 SHARD = 2048  # images a labelling task reads; fixed, so that results do not depend on who computes them
 CHUNK = 256  # images a forward pass
+
+
+def _save(part: Path, rows: Tensor) -> None:
+    with part.open("wb") as file:  # by path numpy would change the name
+        np.save(file, rows.numpy())
 
 
 class Interrupted(Exception):
@@ -56,6 +65,7 @@ class Context:
     save_seconds: float = 30.0
     run: str = ""  # the tracking run of this stage
     recorder: Recorder | None = None
+    features: Path | None = None  # folder where the run keeps extracted features; None: they are not kept
     notice: Callable[[str], None] = lambda line: None
     computing: float = 0.0  # seconds spent training, labelling and probing: what is not overhead
     _told: float = field(default=0.0, repr=False)
@@ -99,8 +109,23 @@ class Context:
         return self._forward(checkpoint, images, "logits").softmax(dim=1)
 
     def extract(self, checkpoint: Checkpoint, images: Images) -> Tensor:
-        """Features (N, dim) float32, rows in the order of the images."""
-        return self._forward(checkpoint, images, "features")
+        """Features (N, dim) float32, rows in the order of the images; kept for the run's other stages."""
+        if self.features is None:
+            return self._forward(checkpoint, images, "features")
+        path = self.features / f"{checkpoint.key}-{images.fingerprint}.npy"
+        with contextlib.suppress(FileNotFoundError):
+            return torch.from_numpy(np.load(path))
+        found = self._forward(checkpoint, images, "features")
+        self.features.mkdir(exist_ok=True)
+        replace_file(path, lambda part: _save(part, found))
+        return found
+
+    def extract_taps(self, checkpoint: Checkpoint, images: Images) -> dict[str, Tensor]:
+        """Every tap of the encoder, pooled to about as many numbers each, (N, D) float32: all in one pass."""
+        pooled = self._forward(checkpoint, images, "pooled_taps")
+        shapes = tap_shapes(checkpoint.build().encoder, images.pixels)
+        sizes = {tap: pooled_size(shape) for tap, shape in shapes.items()}
+        return dict(zip(sizes, pooled.split(list(sizes.values()), dim=1), strict=True))
 
     def _forward(self, checkpoint: Checkpoint, images: Images, verb: str) -> Tensor:
         job = Forward(checkpoint, images, verb)
@@ -118,13 +143,14 @@ class Forward:
 
     checkpoint: Checkpoint
     images: Images
-    verb: str  # a method's `logits` or `features`
+    verb: str  # a method's `logits` or `features`, or "pooled_taps" of its encoder
 
     def open(self) -> Callable[[Tensor], Tensor]:
         """Load the model once; then rows (B,) int64 to float32 (B, ...), on the CPU."""
         where = device()
         method = self.checkpoint.build().to(where).to(memory_format=torch.channels_last)
-        verb = getattr(method, self.verb)
+        own = self.verb != "pooled_taps"
+        verb = getattr(method, self.verb) if own else functools.partial(pooled_taps, method.encoder)
         precision = self.checkpoint.model["precision"]
 
         def run(rows: Tensor) -> Tensor:

@@ -108,6 +108,8 @@ class Display:
         if result.verdict:
             self.console.print()
             self.console.print(Text(result.verdict["sentence"], style="bold"))
+        if result.comparison:
+            self.comparison(result.comparison)
         seconds = result.seconds
         self.line(f"\n{seconds['total']:.0f} s, of these {seconds['start_up']:.0f} s start-up, "
                   f"{seconds['computing']:.0f} s training and labelling, "
@@ -116,7 +118,8 @@ class Display:
             self.line(f"report  {result.report}")
         self.line(f"store   {result.store}")
         place = "" if prepared.store.root.name == "orchestrator-store" else f" --store {prepared.store.root}"
-        commands = (f"show {result.run}", f"labels {result.run}", "ui")
+        labelled = any(stage["kind"] == "PseudoLabel" for stage in result.stages)
+        commands = (f"show {result.run}", *([f"labels {result.run}"] if labelled else []), "ui")
         self.line("next    " + "    ".join(f"orchestrator {command}{place}" for command in commands))
 
     def status(self, head: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], *, whole: bool) -> None:
@@ -133,6 +136,29 @@ class Display:
         if whole:
             self.console.print(stage_table(stages))
 
+    def comparison(self, found: Mapping[str, Any]) -> None:
+        """Every arm by every protocol, the best first, and which claims hold."""
+        names = [(s["protocol"], s["metric"]) for s in found["arms"] if s["tap"] is None]
+        columns = list(dict.fromkeys(names))
+        scores = {(s["arm"], s["protocol"], s["metric"]): s for s in found["arms"] if s["tap"] is None}
+        arms = sorted({s["arm"] for s in found["arms"]}, key=lambda arm: -scores[arm, *_ranking(found)]["mean"])
+        roles = {arm: f" ({role})" for role, arm in found["anchors"].items() if arm != role}
+        titles = [p if m == "accuracy" else f"{p} {m}" for p, m in columns]
+        table = Table("arm", *titles, box=None, pad_edge=False, title_justify="left")
+        for arm in arms:
+            shown = [scores.get((arm, *column)) for column in columns]
+            table.add_row(arm + roles.get(arm, ""), *("" if s is None else _spread(s) for s in shown))
+        self.console.print()
+        self.console.print(table)
+        seeds = found["seeds"]
+        self.line(f"{seeds} seed{'s: mean ± standard deviation' if seeds > 1 else ''}, ranked by {found['protocol']}")
+        for claim in found["claims"]:
+            difference = f"{claim['better']} against {claim['worse']}: {100 * claim['difference']:+.1f} points"
+            if claim["holds"] is None:
+                continue
+            verdict = "better" if claim["holds"] else "not shown to be better"
+            self.line(f"  {difference}, {verdict} (needs {100 * claim['needed']:.1f})")
+
     def show(self, head: Mapping[str, Any], result: RunResult) -> None:
         """The numbers of a run."""
         seeds = ", ".join(map(str, head["seeds"]))
@@ -140,7 +166,19 @@ class Display:
         self.console.print(stage_table(result.stages))
         if result.verdict:
             self.console.print(Text(result.verdict["sentence"], style="bold"))
+        if result.comparison:
+            self.comparison(result.comparison)
+        if result.verdict or result.comparison:
             self.line(f"report  {result.report}")
+
+
+def _ranking(found: Mapping[str, Any]) -> tuple[str, str]:
+    return next((s["protocol"], s["metric"]) for s in found["arms"] if s["protocol"] == found["protocol"])
+
+
+def _spread(score: Mapping[str, Any]) -> str:
+    spread = "" if score["deviation"] is None else f" ± {100 * score['deviation']:.1f}"
+    return f"{100 * score['mean']:.1f}{spread} %"
 
 
 def headline(kind: str, facts: Mapping[str, Any]) -> str:
@@ -148,7 +186,10 @@ def headline(kind: str, facts: Mapping[str, Any]) -> str:
     if kind == "Train" and facts:
         return f"{facts['steps']:,} steps, {facts['images_seen']:,} images"
     if kind == "Probe":
-        return ", ".join(f"{name.removesuffix('_accuracy')} {100 * value:.1f} %" for name, value in facts.items())
+        few = [name for name in facts if not name.startswith("layers_")] or list(facts)
+        return ", ".join(f"{name.removesuffix('_accuracy')} {100 * facts[name]:.1f} %" for name in few)
+    if kind == "Compare" and facts:
+        return f"{len(facts['arms'])} arms"
     if kind == "PseudoLabel" and facts:
         sure = facts.get("holdout_precision")
         changed = f", {facts['changed']:,} changed" if "changed" in facts else ""

@@ -150,7 +150,7 @@ def run_stage(
             workdir, store.output(planned.key), planned.seed, plan.classes, threads=threads_of(setting.resources),
             workers=workers, round=planned.round, stop_file=setting.folder / "stop",
             save_seconds=setting.resources.save_seconds, run=setting.run_of(planned)[0], recorder=setting.recorder,
-            notice=note,
+            notice=note, features=store.root / "features",
         )  # fmt: skip
         torch.set_num_threads(context.threads)
         try:

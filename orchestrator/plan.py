@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.component import to_plain
 from orchestrator.data.images import Images
 from orchestrator.data.splits import Data
-from orchestrator.recipe import Node, Recipe, Rounds, report, where
+from orchestrator.recipe import Node, Recipe, Rounds, report
 from orchestrator.stage import Stage, Wiring
 from orchestrator.store import Store
 
@@ -71,8 +71,8 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         wiring = _wiring(node, recipe, data, planned)
         empty = [target for targets in node.inputs.values() for target in targets
                  if target in data.splits and len(data.splits[target]) == 0]  # fmt: skip
-        found = [(f"{where(node)}.inputs", f"split {name} has no images") for name in empty] if empty else [
-            (f"{where(node)}.{path}", message) for path, message in node.stage.problems(wiring)]  # fmt: skip
+        found = [(f"{node.where}.inputs", f"split {name} has no images") for name in empty] if empty else [
+            (f"{node.where}.{path}", message) for path, message in node.stage.problems(wiring)]  # fmt: skip
         problems += found
         if found:
             continue
@@ -105,7 +105,7 @@ def _wiring(node: Node, recipe: Recipe, data: Data, planned: Mapping[str, Planne
         name: tuple(_vocabulary(target, recipe, data, planned) for target in targets)
         for name, targets in node.inputs.items() if name in stages
     }  # fmt: skip
-    return Wiring(images, stages, data.classes, recipe.data.pixels, spoken)
+    return Wiring(images, stages, node.inputs, data.classes, recipe.data.pixels, spoken)
 
 
 def _vocabulary(target: str, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> tuple[str, ...]:

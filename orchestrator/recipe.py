@@ -17,10 +17,10 @@ from orchestrator.data.images import Images
 from orchestrator.data.splits import DataConfig, Split
 from orchestrator.errors import UserError, nearest
 from orchestrator.stage import Stage, answer_of, inputs_of
-from orchestrator.stages.gate import Gate
 
 TOP = ("name", "description", "seed", "seeds", "data", "stages", "resources")
 ROUNDS = ("rounds", "carry", "ladder", "gate", "stages")
+ARMS = ("each", "only", "stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Node:
     """One stage in its place. `inputs` map the keywords of `run` to names of splits, nodes or rounds."""
 
     name: str
+    where: str  # its path in the YAML, for messages
     stage: Stage
     inputs: Mapping[str, tuple[str, ...]]
     round: int | None = None
@@ -200,8 +201,8 @@ def _build(raw: dict[str, Any], problems: list[tuple[str, str]]) -> Recipe | Non
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append((key, f"{value!r}: must be an integer of at least {least}"))
     splits = tuple((raw.get("data") or {}).keys()) if isinstance(raw.get("data"), dict) else ()
-    laid, rounds = _lay_out(raw.get("stages"), problems)
-    nodes = [_node(entry, problems) for entry in laid]
+    laid, rounds, arms = _lay_out(raw.get("stages"), problems)
+    nodes = [_node(entry, arms, problems) for entry in laid]
     built = [node for node in nodes if node is not None]
     broken = {entry.name for entry, node in zip(laid, nodes, strict=True) if node is None}
     _check_wires(built, broken, data.splits if data else dict.fromkeys(splits), rounds, problems)
@@ -271,15 +272,26 @@ class _Entry:
     group: str | None = None
 
 
-def _lay_out(raw: Any, problems: list[tuple[str, str]]) -> tuple[list[_Entry], dict[str, Rounds]]:
+def _lay_out(
+    raw: Any, problems: list[tuple[str, str]]
+) -> tuple[list[_Entry], dict[str, Rounds], dict[str, tuple[str, ...]]]:
+    """The stages in order, the rounds by name, and of arms: group.stage to the names of that stage in every arm."""
     entries: list[_Entry] = []
     rounds: dict[str, Rounds] = {}
+    arms: dict[str, tuple[str, ...]] = {}
     if not isinstance(raw, dict) or not raw:
         problems.append(("stages", "missing: a recipe needs at least one stage"))
-        return entries, rounds
+        return entries, rounds, arms
     for name, value in raw.items():
         if not isinstance(value, dict):
-            problems.append((f"stages.{name}", f"{value!r}: must be a mapping with `use:`, or with `rounds:`"))
+            problems.append(
+                (f"stages.{name}", f"{value!r}: must be a mapping with `use:`, with `rounds:` or with `each:`")
+            )
+        elif "each" in value:
+            found = _arms(str(name), value, problems)
+            entries += found
+            for stage in value["stages"] if found else ():
+                arms[f"{name}.{stage}"] = tuple(e.name for e in found if e.name.endswith(f".{stage}"))
         elif "rounds" in value:
             laid = _rounds(str(name), value, problems)
             if laid is not None:
@@ -287,7 +299,59 @@ def _lay_out(raw: Any, problems: list[tuple[str, str]]) -> tuple[list[_Entry], d
                 rounds[str(name)] = laid[1]
         else:
             entries.append(_Entry(str(name), f"stages.{name}", value))
-    return entries, rounds
+    return entries, rounds, arms
+
+
+def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> list[_Entry]:
+    """The stages of every arm of a comparison: the same ones, with each arm's overrides."""
+    where, before = f"stages.{name}", len(problems)
+    for key in raw:
+        if key not in ARMS:
+            problems.append((f"{where}.{key}", f"unknown{nearest(key, ARMS) or '; arms have ' + ', '.join(ARMS)}"))
+    each, stages, only = raw["each"], raw.get("stages"), raw.get("only")
+    if not isinstance(each, dict) or not each or not all(isinstance(v, dict | None) for v in each.values()):
+        problems.append((f"{where}.each", "must map the name of each arm to its overrides, such as "
+                         "{rotation: {pretrain.method: {use: methods.rotation.Rotation}}}"))  # fmt: skip
+    if not isinstance(stages, dict) or not stages:
+        problems.append((f"{where}.stages", "missing: the stages of one arm"))
+    if only is not None and not (isinstance(only, list) and only and isinstance(each, dict)):
+        problems.append((f"{where}.only", f"{only!r}: must be a list of arms, such as [rotation, simclr]"))
+    if len(problems) > before:
+        return []
+    for arm in only or ():
+        if arm not in each:
+            problems.append(
+                (f"{where}.only", f"{arm} is no arm{nearest(str(arm), each) or '; arms are ' + ', '.join(each)}")
+            )
+    entries: list[_Entry] = []
+    assert isinstance(stages, dict)
+    for arm, overrides in each.items():
+        if overrides is None or (only and arm not in only):
+            continue
+        own = _overridden(stages, overrides, f"{where}.each.{arm}", problems)
+        known = {stage: f"{name}.{arm}.{stage}" for stage in own}
+        for stage, value in own.items():
+            if isinstance(value, dict) and isinstance(value.get("inputs"), dict):
+                value["inputs"] = {k: _rewire(v, known) for k, v in value["inputs"].items()}
+            entries.append(_Entry(known[stage], f"{where}.each.{arm}.{stage}", value))
+    return entries
+
+
+def _overridden(
+    stages: Mapping[str, Any], overrides: Mapping[str, Any], where: str, problems: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """A copy of some stages with values put in by their dotted paths."""
+    changed = copy.deepcopy(dict(stages))
+    for key, value in overrides.items():
+        *path, last = str(key).split(".")
+        place: Any = changed
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or not path:
+            problems.append((where, f"{key} leads nowhere in stages{nearest(path[0] if path else key, changed)}"))
+            continue
+        place[last] = copy.deepcopy(value)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -347,18 +411,8 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
     gates: list[str] = []
     teacher = group.first
     for number in range(group.count):
-        stages = copy.deepcopy(group.stages)
-        for key, value in group.ladder[min(number, len(group.ladder) - 1)].items():
-            *path, last = key.split(".")
-            place: Any = stages
-            for part in path:
-                place = place.get(part) if isinstance(place, dict) else None
-            if not isinstance(place, dict):
-                problems.append(
-                    (f"{where}.ladder", f"{key} leads nowhere in stages{nearest(path[0] if path else key, stages)}")
-                )
-                continue
-            place[last] = value
+        rung = group.ladder[min(number, len(group.ladder) - 1)]
+        stages = _overridden(group.stages, rung, f"{where}.ladder", problems)
         names = {stage: f"{name}.{number}.{stage}" for stage in stages}
         earlier = {alias: f"{name}.{number - 1}.{stage}" for alias, stage in others} if number else {}
         known = {**names, teacher_alias: teacher, **earlier}
@@ -385,7 +439,7 @@ def _rewire(target: Any, known: Mapping[str, str]) -> Any:
     return known.get(target, target)
 
 
-def _node(entry: _Entry, problems: list[tuple[str, str]]) -> Node | None:
+def _node(entry: _Entry, arms: Mapping[str, tuple[str, ...]], problems: list[tuple[str, str]]) -> Node | None:
     before = len(problems)
     raw = entry.raw if isinstance(entry.raw, dict) else {}
     if "use" not in raw:
@@ -408,13 +462,14 @@ def _node(entry: _Entry, problems: list[tuple[str, str]]) -> Node | None:
             problems.append((f"{entry.where}.inputs.{name}",
                              f"unknown{nearest(name, wanted)} {cls.__name__} reads {', '.join(wanted)}"))  # fmt: skip
         elif target is not None:
-            inputs[name] = tuple(str(t) for t in target) if isinstance(target, list) else (str(target),)
+            targets = [str(t) for t in target] if isinstance(target, list) else [str(target)]
+            inputs[name] = tuple(place for t in targets for place in arms.get(t, (t,)))
     for name, known in wanted.items():
         if name not in inputs and not known.optional:
             problems.append((f"{entry.where}.inputs.{name}", f"missing: {cls.__name__} needs {known.name}"))
     if stage is None or len(problems) > before:
         return None
-    return Node(entry.name, stage, inputs, entry.round, entry.group)
+    return Node(entry.name, entry.where, stage, inputs, entry.round, entry.group)
 
 
 def _check_wires(
@@ -423,7 +478,7 @@ def _check_wires(
 ) -> None:  # fmt: skip
     answers: dict[str, type] = {}
     for node in nodes:
-        place = where(node)
+        place = node.where
         for name, targets in node.inputs.items():
             known = inputs_of(type(node.stage))[name]
             for target in targets:
@@ -442,8 +497,9 @@ def _check_wires(
                     problems.append(
                         (path, f"{target} gives {kind.__name__}, {type(node.stage).__name__} needs {known.name}{hint}")
                     )
-                elif target == "test" and type(node.stage).__name__ != "Judge":
-                    problems.append((path, "test is read once, at the end, by Judge alone; use holdout"))
+                elif target == "test" and not node.stage.scores_test:
+                    problems.append((path, f"test is for Judge and Probe, whose scores nothing learns from; "
+                                     f"{type(node.stage).__name__} must not see it, use holdout"))  # fmt: skip
             if len(targets) > 1 and not known.several and not issubclass(Images, known.kinds):
                 problems.append((f"{place}.inputs.{name}", f"takes one {known.name}, found {len(targets)}"))
         answers[node.name] = answer_of(type(node.stage))
@@ -457,11 +513,3 @@ def _kind(
     if target in rounds:
         return Checkpoint if rounds[target].gates[-1] in answers else None
     return answers.get(target)
-
-
-def where(node: Node) -> str:
-    """The path of a node in the YAML, for messages."""
-    if node.group is None:
-        return f"stages.{node.name}"
-    last = node.name.rpartition(".")[2]
-    return f"stages.{node.group}.gate" if isinstance(node.stage, Gate) else f"stages.{node.group}.stages.{last}"

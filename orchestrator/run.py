@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from orchestrator import comparison
 from orchestrator.artifacts import Checkpoint, write_json
 from orchestrator.context import Interrupted
 from orchestrator.data.splits import Data, open_data
@@ -70,6 +72,7 @@ class RunResult:
     report: str | None
     verdict: dict[str, Any] | None
     stages: list[dict[str, Any]]
+    comparison: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class RunResult:
         return {
             "run": self.run, "store": self.store, "report": self.report,
             "verdict": {name: self.verdict[name] for name in brief} if self.verdict else None,
+            "comparison": self.comparison,
             "stages": [{name: stage[name] for name in shown} for stage in self.stages],
         }  # fmt: skip
 
@@ -161,13 +165,18 @@ def execute(
             setting = Setting(store, folder, recipe.resources, recorder, prepared.prefix(plan))
             outcomes += run_plan(plan, setting, workers=workers, notice=notice, finished=finished, **rounds)
         status = "FINISHED"
-        update_head(folder, verdict=_verdict(outcomes), seconds=clock(), status=status)
+        update_head(
+            folder, verdict=_verdict(outcomes), comparison=_comparison(outcomes, prepared.plans), seconds=clock(),
+            status=status,
+        )  # fmt: skip
         result = _result(prepared, write_report(store, folder))
         _record_result(prepared, result, recorder)
     except Interrupted:
         status = "KILLED"
         raise
     finally:
+        if status == "FINISHED":
+            shutil.rmtree(store.root / "features", ignore_errors=True)
         recorder.end(PIPELINE, status)
         recorder.close()
         late = sender.finish(SEND_SECONDS if status == "FINISHED" else 2.0)
@@ -232,14 +241,26 @@ def _verdict(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     return combine([outcome.facts for outcome in judges if _stage(outcome) == _stage(judges[-1])]) if judges else None
 
 
+def _comparison(outcomes: Sequence[Outcome], plans: Sequence[Plan]) -> dict[str, Any] | None:
+    """The last comparison, over all seeds."""
+    found = [outcome for outcome in outcomes if outcome.kind == "Compare" and outcome.facts]
+    if not found:
+        return None
+    last = [outcome for outcome in found if _stage(outcome) == _stage(found[-1])]
+    names = [{stage.key: stage.name for stage in plan.stages} for plan in plans]
+    return comparison.combine([(o.facts, n) for o, n in zip(last, names, strict=True)]).json()
+
+
 def _stage(outcome: Outcome) -> str:
     return outcome.name.rpartition("/")[2]
 
 
 def _result(prepared: Prepared, report_path: Path) -> RunResult:
     stages = [dict(line) for line in read_outcomes(prepared.folder, prepared.stage_names())]
-    verdict = read_head(prepared.folder)["verdict"]
-    return RunResult(prepared.name, str(prepared.store.root), str(report_path), verdict, stages)
+    head = read_head(prepared.folder)
+    return RunResult(
+        prepared.name, str(prepared.store.root), str(report_path), head["verdict"], stages, head["comparison"]
+    )
 
 
 def _record_result(prepared: Prepared, result: RunResult, recorder: Recorder) -> None:

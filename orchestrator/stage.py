@@ -21,6 +21,7 @@ class StopRound(Exception):
 class Stage:
     """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each, with own inputs."""
 
+    scores_test: ClassVar[bool] = False  # may read the test split: nothing learns or chooses by its answer
     version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently
 
     def vocabulary(self, wiring: Wiring) -> tuple[str, ...]:
@@ -46,6 +47,7 @@ class Wiring:
 
     images: Mapping[str, tuple[Images, ...]]  # input name to the splits it reads
     stages: Mapping[str, tuple[Stage, ...]]  # input name to the stages whose answers it reads
+    targets: Mapping[str, tuple[str, ...]]  # input name to the names of splits and stages it reads
     classes: tuple[str, ...]
     pixels: int
     vocabulary: Mapping[str, tuple[tuple[str, ...], ...]]  # input name to the classes that those stages speak of

@@ -192,6 +192,28 @@ def lines(
 
 
 @matplotlib.rc_context(STYLE)
+def by_layer(taps: Sequence[str], series: Mapping[str, Sequence[float | None]], dashed: set[str], *, salt: str) -> str:
+    """Accuracy over the depth of an encoder, a line an arm; the arms in `dashed` are grey and dashed."""
+    names = {name: short(name, 24) for name in series}
+    axes = _axes(max(3.0, 0.18 * len(series) + 0.9), right=_room(names.values(), 7.5) + 0.05, bottom=0.32)
+    labels, number = [], 0
+    for name, values in series.items():
+        known = [(i, v) for i, v in enumerate(values) if v is not None]
+        colour = GREY if name in dashed else CYCLE[number % (len(CYCLE) - 1)]
+        number += name not in dashed
+        axes.plot([i for i, _ in known], [v for _, v in known], color=colour, marker="osD^v"[(number // 6) % 5],
+                  markersize=4, linestyle="--" if name in dashed else "-")  # fmt: skip
+        labels.append((known[-1][1], names[name], colour))
+    axes.set_xticks(range(len(taps)), taps)
+    axes.set_xlim(-0.2, len(taps) - 0.8)
+    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
+    axes.set_ylabel("accuracy of a linear probe")
+    _percent(axes.yaxis)
+    _line_labels(axes, labels)
+    return _svg(axes, salt)
+
+
+@matplotlib.rc_context(STYLE)
 def shares(names: Sequence[str], values: Sequence[float], *, ylabel: str, salt: str) -> str:
     """One upright bar each, from zero, with its number on top."""
     axes = _axes(2.1, bottom=0.32)

@@ -232,11 +232,14 @@ def probes(run: RunFacts) -> Section | None:
     """How good are the features?"""
     dots, rows = [], []
     for stage, scores in run.stored("Probe", Scores):
+        if any(other.kind == "Compare" for other in run.stages):
+            return None  # the comparison shows them all
         model = run.names(next(iter(run.seeds))).get(stage.manifest["inputs"]["model"], "")
         for score in scores.scores():
             value, low, high = score["value"], score["low"], score["high"]
-            dots.append(figures.Dot(f"{stage.name}, {score['protocol']}", value, low, high))
-            rows.append([stage.name, model, score["protocol"], score["metric"], percent(value), interval(low, high),
+            protocol = " ".join(filter(None, (score["protocol"], score.get("tap"))))
+            dots.append(figures.Dot(f"{stage.name}, {protocol}", value, low, high))
+            rows.append([stage.name, model, protocol, score["metric"], percent(value), interval(low, high),
                          f"{score['n']:,}", f"{score['labelled']:,}"])  # fmt: skip
     if not rows:
         return None

@@ -83,7 +83,7 @@ def test_five_mistakes_are_five_lines():
     ("stages.teacher.method.augment.cutot=0.1", "did you mean cutout?"),
     ("stages.verdict.inputs.images=teacher", "teacher gives Checkpoint, Judge needs Images"),
     ("stages.teacher.inputs.labelled=students.0.pseudo", "comes later"),
-    ("stages.teacher.inputs.labelled=test", "test is read once"),
+    ("stages.teacher.inputs.labelled=test", "test is for Judge and Probe"),
     ("stages.students.rounds=0", "must be an integer of at least 1"),
     ("stages.students.carry.teacher=pupil", "pupil is no stage of a round"),
     ("resources.workers=0", "workers = 0: must be at least 1"),

@@ -1,0 +1,107 @@
+"""Sections that hold many methods against each other: one table, and a figure by method and by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.artifacts import Table as Scored
+from orchestrator.comparison import Comparison, Score, combine
+from orchestrator.report import figures
+from orchestrator.report.content import INTERVAL, Figure, Section, Table, Text, interval, percent, points
+from orchestrator.report.judgement import t_interval
+from orchestrator.report.reading import RunFacts
+
+
+def comparison(run: RunFacts) -> Section | None:
+    """Which method's features are best?"""
+    seeds = [
+        (stage.artifact.facts, {s.key: s.name for s in stages})
+        for stages in run.seeds.values() for stage in stages if isinstance(stage.artifact, Scored)
+    ]  # fmt: skip
+    if not seeds:
+        return None
+    found = combine(seeds)
+    section = Section("comparison", "Comparison", "Which method's features are best?")
+    missing = len(run.seeds) - found.seeds
+    if missing:
+        section.blocks.append(Text(f"{missing} of {len(run.seeds)} seeds are not finished yet.", "note"))
+    section.blocks.append(_by_arm(found))
+    layers = [score for score in found.scores if score.protocol == "layers"]
+    if layers:
+        section.blocks.append(_by_layer(found, layers))
+    section.blocks.append(_table(found))
+    if found.seeds > 1 and found.tests():
+        section.blocks.append(_claims(found))
+    return section
+
+
+def _interval(score: Score) -> tuple[float, float]:
+    return t_interval(score.values) if len(score.values) > 1 else (score.low, score.high)
+
+
+def _colour(found: Comparison, arm: str) -> str:
+    return figures.GREY if arm in found.anchors.values() else figures.BLUE
+
+
+def _titled(found: Comparison, arm: str) -> str:
+    roles = [role for role, name in found.anchors.items() if name == arm and role != arm]
+    return f"{arm} ({', '.join(roles)})" if roles else arm
+
+
+def _by_arm(found: Comparison) -> Figure:
+    ranked = sorted(found.ranking(), key=lambda score: -score.mean)
+    rows = [
+        figures.Dot(_titled(found, s.arm), s.mean, *_interval(s), _colour(found, s.arm),
+                    s.values if len(s.values) > 1 else ())
+        for s in ranked
+    ]  # fmt: skip
+    several = f"mean of {found.seeds} seeds with Student's 95 % interval, under it a dot for each seed"
+    what = several if found.seeds > 1 else "95 % Wilson interval, 1 seed"
+    lines = [[s.arm, percent(s.mean), interval(*_interval(s))] for s in ranked]
+    return Figure(
+        figures.dots(rows, xlabel=f"accuracy, {found.protocol}", salt="comparison"),
+        f"Accuracy by {found.protocol}: {what}; n = {ranked[0].n:,} images. Anchors are grey.",
+        Table(["arm", "accuracy", INTERVAL], lines, "lrr"),
+    )
+
+
+def _by_layer(found: Comparison, layers: Sequence[Score]) -> Figure:
+    taps = list(dict.fromkeys(score.tap or "" for score in layers))
+    table = {(score.arm, score.tap): score for score in layers}
+    arms = [arm for arm in found.arms if any((arm, tap) in table for tap in taps)]
+    series = {arm: [table[arm, tap].mean if (arm, tap) in table else None for tap in taps] for arm in arms}
+    rows = [[arm, *("" if v is None else percent(v) for v in series[arm])] for arm in arms]
+    return Figure(
+        figures.by_layer(taps, series, {arm for arm in arms if arm in found.anchors.values()}, salt="layers"),
+        f"A linear probe on every tap, mean of {found.seeds} seed{'s' if found.seeds > 1 else ''}; anchors are dashed.",
+        Table(["arm", *taps], rows, "l" + "r" * len(taps)), wide=True,
+    )  # fmt: skip
+
+
+def _table(found: Comparison) -> Table:
+    columns = list(dict.fromkeys((s.protocol, s.metric) for s in found.scores if s.tap is None))
+    scores = {(s.arm, s.protocol, s.metric): s for s in found.scores if s.tap is None}
+    rows = []
+    for arm in found.arms:
+        cells = []
+        for column in columns:
+            score = scores.get((arm, *column))
+            spread = "" if score is None or score.deviation is None else f" ± {100 * score.deviation:.1f}"
+            cells.append("" if score is None else f"{100 * score.mean:.1f}{spread} %")
+        rows.append([_titled(found, arm), *cells])
+    titles = [protocol if metric == "accuracy" else f"{protocol} {metric}" for protocol, metric in columns]
+    seeds = f"Mean ± standard deviation over {found.seeds} seeds." if found.seeds > 1 else "One seed."
+    return Table(["arm", *titles], rows, "l" + "r" * len(columns), seeds)
+
+
+def _claims(found: Comparison) -> Table:
+    rows = [
+        [f"{better} better than {worse}", points(difference), points(needed or 0.0),
+         "yes" if holds else "not shown"]
+        for better, worse, difference, needed, holds in found.tests()
+    ]  # fmt: skip
+    return Table(
+        ["claim", "difference, points", "needed", "holds"], rows, "lrrl",
+        f"A claim holds when the means of {found.seeds} seeds differ by more than twice the root of the summed squared "
+        "standard errors.",
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Arms, their one table, and the rule by which one is better."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.comparison import combine, exceeds, short_names
+from orchestrator.errors import UserError
+from orchestrator.recipe import parse
+from orchestrator.report.html import write_report
+from orchestrator.run import execute, prepare
+from orchestrator.store import Store
+
+ARMS = """
+name: arms
+data:
+  pixels: 16
+  include_labelled: true
+  labelled: {from: digits/train, per_class: 3}
+  train: {from: digits/train, labels: false}
+  test: digits/test
+resources: {threads: 1}
+stages:
+  arms:
+    each:
+      random: {pretrain.steps: 0}
+      supervised:
+        pretrain.method: {use: methods.supervised.Supervised, augment: {flip: false}}
+        pretrain.inputs: {labelled: labelled}
+      simclr: {}
+    stages:
+      pretrain:
+        use: orchestrator.stages.train.Train
+        inputs: {images: train}
+        encoder: {use: methods.encoders.SmallCNN, width: 0.25}
+        method: {use: methods.simclr.SimCLR, flip: false}
+        optim: {lr: 0.1}
+        steps: 3
+        batch: 16
+      probe:
+        use: orchestrator.stages.probe.Probe
+        inputs: {model: pretrain, labelled: labelled, images: test}
+        protocols: [knn, layers]
+  comparison:
+    use: orchestrator.stages.compare.Compare
+    inputs: {scores: arms.probe, random: arms.random.probe, supervised: arms.supervised.probe}
+    protocol: knn
+    claims: [[supervised, simclr]]
+"""
+
+
+def problems(*overrides):
+    with pytest.raises(UserError) as caught:
+        parse(ARMS, label="arms.yaml", overrides=overrides)
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch):
+    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
+    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
+
+
+class TestRule:
+    def test_a_difference_must_exceed_twice_its_standard_error(self):
+        difference, needed, holds = exceeds((3, 4, 5), (0, 1, 2))
+        assert difference == 3 and needed == pytest.approx(1.632993, abs=1e-6) and holds
+        assert exceeds((0.5, 0.7, 0.9), (0.4, 0.6, 0.8))[2] is False
+
+    def test_one_seed_decides_nothing(self):
+        assert exceeds((1.0,), (0.0,)) == (1.0, None, None)
+
+    @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+    def test_nothing_is_better_than_itself(self, values):
+        assert exceeds(values, values)[2] is False
+
+    def test_arms_are_named_without_their_group_unless_two_groups_share_the_name(self):
+        assert short_names(["arms.rotation.probe", "more.k50.probe", "final"]) == {
+            "arms.rotation.probe": "rotation", "more.k50.probe": "k50", "final": "final",
+        }  # fmt: skip
+        assert set(short_names(["a.x.probe", "b.x.probe"]).values()) == {"a.x", "b.x"}
+
+    def test_seeds_are_joined_by_the_names_of_arms_and_not_by_keys(self):
+        score = {"protocol": "knn", "metric": "accuracy", "low": 0.0, "high": 1.0, "n": 9}
+        seeds = [
+            ({"arms": [{"key": f"{seed}{arm}", "scores": [{**score, "value": value + seed}]} for arm, value in
+                       (("a", 0.1), ("b", 0.3))], "claims": [["b", "a"]], "protocol": "knn", "random": f"{seed}a",
+              "supervised": None}, {f"{seed}a": "g.a.probe", f"{seed}b": "g.b.probe"})
+            for seed in (0, 1)
+        ]  # fmt: skip
+        found = combine(seeds)
+        assert found.arms == ["b", "a"] and found.anchors == {"random": "a"}
+        assert found.of("b").values == (0.3, 1.3) and found.of("b").deviation == pytest.approx(0.5**0.5)
+        assert [test[:2] for test in found.tests()] == [("b", "a")]  # claimed and by rule: told once
+
+
+class TestLayout:
+    def test_every_arm_has_every_stage_with_its_own_overrides(self):
+        recipe = parse(ARMS)
+        assert [node.name for node in recipe.nodes] == [
+            *(f"arms.{arm}.{stage}" for arm in ("random", "supervised", "simclr") for stage in ("pretrain", "probe")),
+            "comparison",
+        ]
+        assert recipe.node("arms.random.pretrain").stage.steps == 0
+        assert recipe.node("arms.simclr.pretrain").stage.steps == 3
+        assert recipe.node("arms.supervised.probe").inputs["model"] == ("arms.supervised.pretrain",)
+        assert recipe.node("comparison").inputs["scores"] == tuple(
+            f"arms.{arm}.probe" for arm in ("random", "supervised", "simclr")
+        )
+
+    def test_arms_can_be_chosen_and_dropped(self):
+        names = {node.name.split(".")[1] for node in parse(ARMS, overrides=[
+            "stages.arms.only=[random, simclr]", "stages.comparison.inputs.supervised=null",
+            "stages.comparison.claims=[]"]).nodes if "." in node.name}  # fmt: skip
+        assert names == {"random", "simclr"}
+        dropped = parse(ARMS, overrides=["stages.arms.each.simclr=null", "stages.comparison.claims=[]"])
+        assert not any("simclr" in node.name for node in dropped.nodes)
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("stages.arms.only=[simclar]", "did you mean simclr"),
+            ("stages.arms.each.random={pretrian.steps: 0}", "pretrian.steps leads nowhere"),
+            ("stages.arms.each={}", "must map the name of each arm"),
+            ("stages.arms.eech=1", "did you mean each"),
+            ("stages.arms.each.random={pretrain.steps: -1}", "stages.arms.each.random.pretrain"),
+        ],
+    )
+    def test_a_mistake_in_arms_names_its_place(self, override, expected):
+        assert expected in problems(override)
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("stages.comparison.claims=[[simclar, random]]", "did you mean simclr"),
+            ("stages.comparison.protocol=linear", "does not score by it, but by knn, layers"),
+        ],
+    )
+    def test_a_claim_or_protocol_that_no_arm_has_is_told_before_anything_runs(self, override, expected, tmp_path):
+        with pytest.raises(UserError, match=expected):
+            prepare(parse(ARMS, overrides=[override]), tmp_path / "store", label="arms")
+
+
+def test_a_comparison_over_two_seeds_is_told_shown_and_stored(tmp_path):
+    prepared = prepare(parse(ARMS, overrides=["seeds=2"]), tmp_path / "store", label="arms")
+    result = execute(prepared, use_ray=False)
+    found = result.json()["comparison"]
+    json.dumps(found)
+    assert found["seeds"] == 2 and found["anchors"] == {"random": "random", "supervised": "supervised"}
+    by_arm = {(s["arm"], s["protocol"], s["tap"]): s for s in found["arms"]}
+    assert {arm for arm, _, _ in by_arm} == {"random", "supervised", "simclr"}
+    assert [tap for arm, protocol, tap in by_arm if arm == "random" and protocol == "layers"] == [
+        "c1", "c2", "c3", "c4", "gap",
+    ]  # fmt: skip
+    assert all(len(score["values"]) == 2 and score["n"] == 360 for score in by_arm.values())
+    assert {(c["better"], c["worse"]) for c in found["claims"]} == {("simclr", "random"), ("supervised", "simclr")}
+    page = write_report(Store.open(tmp_path / "store"), prepared.folder).read_text(encoding="utf-8")
+    assert "Which method&#39;s features are best?" in page and "anchors are dashed" in page
+    assert not (tmp_path / "store" / "features").exists()  # a cache, gone with the run
+
+
+def test_untrained_weights_differ_between_seeds_and_are_set_on_clean_images(tmp_path):
+    prepared = prepare(parse(ARMS, overrides=["seeds=2"]), tmp_path / "store", label="arms")
+    execute(prepared, use_ray=False)
+    store = Store.open(tmp_path / "store")
+    first, second = (store.open_artifact(plan.key("arms.random.pretrain")).state() for plan in prepared.plans)
+    assert (first["encoder.blocks.c1.0.weight"] != second["encoder.blocks.c1.0.weight"]).any()
+    assert first["encoder.blocks.c1.1.running_var"].ne(1).all()  # as they are drawn, they would be 1
