@@ -1,7 +1,9 @@
 """Gathering rows of all workers with the exact gradient.
 
-Each worker computes the loss of the whole gathered batch, so the gradients of all workers add up in the backward pass,
-and data-parallel averaging then gives the gradient of one process with the whole batch.
+Let each worker's loss L_w read all W workers' rows, and L be the mean of the L_w: over its own anchors only, or over
+all of them, then W times the same. In the backward pass a worker receives Σ_w dL_w/drows for its rows, the sum over the
+losses of all, and averages over the workers what follows from it: (1/W) Σ_w dL_w = dL, the gradient of one process with
+the whole batch.
 """
 
 from __future__ import annotations
@@ -35,3 +37,9 @@ def all_gather(rows: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     return _AllGather.apply(rows)
+
+
+def own_rows(count: int) -> slice:
+    """Where this worker's `count` rows are among all workers' gathered ones."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return slice(rank * count, (rank + 1) * count)

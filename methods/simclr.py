@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, MethodConfig, View
-from methods.collectives import all_gather
+from methods.collectives import all_gather, own_rows
 from methods.encoders import Encoder
 from methods.heads import mlp
+from methods.losses.nce import mean_cosine
 from methods.losses.nt_xent import nt_xent
 from methods.views.simclr import simclr_augment
 
@@ -29,6 +30,8 @@ class SimCLRConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be > 0, it divides similarities")
+        if self.out_dim < 1:
+            raise ValueError(f"out_dim = {self.out_dim}: must be >= 1")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"min_area = {self.min_area}: must be in (0, 1]")
         if not 0 <= self.jitter <= 1.25:
@@ -56,7 +59,9 @@ class SimCLR(Method):
     def training_step(self, batch: Batch, progress: float) -> Losses:
         images = torch.cat([batch["view1"], batch["view2"]])  # one pass: batch norm sees both views
         z1, z2 = self.projector(self.encoder(images)).chunk(2)
-        return {"loss": nt_xent(all_gather(z1), all_gather(z2), temperature=self.config.temperature)}
+        anchors = own_rows(len(z1))  # the whole matrix on every worker would grow with the square of the batch
+        loss = nt_xent(all_gather(z1), all_gather(z2), temperature=self.config.temperature, anchors=anchors)
+        return {"loss": loss, "mean_cosine": mean_cosine(z1)}
 
     def features(self, images: Tensor) -> Tensor:
         return self.encoder(images)

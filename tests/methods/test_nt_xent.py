@@ -67,3 +67,34 @@ def test_extreme_temperatures_under_bf16_autocast_stay_finite_and_float32(temper
 def test_one_pair_has_no_negatives_and_is_refused():
     with pytest.raises(ValueError, match="B >= 2"):
         nt_xent(torch.ones(1, 4), torch.ones(1, 4), temperature=0.5)
+
+
+def test_each_anchor_by_hand_and_a_pair_of_them_as_anchors():
+    z = torch.cat([Z1, Z2])
+    similarity = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    each = similarity.logsumexp(dim=1) - similarity[torch.arange(4), torch.tensor([2, 3, 0, 1])]
+    assert each.tolist() == pytest.approx([0.233257, 0.627123, 0.627123, 0.233257], abs=1e-6)
+    for pair in (0, 1):
+        found = nt_xent(Z1, Z2, temperature=0.5, anchors=slice(pair, pair + 1))
+        assert found.item() == pytest.approx(each[[pair, pair + 2]].mean().item(), abs=1e-12)
+
+
+@given(seed=st.integers(0, 2**31), workers=st.integers(1, 4), share=st.integers(2, 3))
+def test_the_mean_over_equal_parts_of_the_anchors_is_the_whole_loss_and_gradient(seed, workers, share):
+    rng, pairs = torch.Generator().manual_seed(seed), workers * share
+    z1 = torch.randn(pairs, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    z2 = torch.randn(pairs, 4, generator=rng, dtype=torch.float64)
+    parts = [slice(first, first + share) for first in range(0, pairs, share)]
+    mean = sum(nt_xent(z1, z2, temperature=0.3, anchors=part) for part in parts) / len(parts)
+    whole = nt_xent(z1, z2, temperature=0.3)
+    torch.testing.assert_close(mean, whole)
+    for ours, theirs in zip(torch.autograd.grad(mean, z1), torch.autograd.grad(whole, z1), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_workers_matrix_is_its_own_anchors_by_all_rows():
+    z1, z2 = torch.randn(2, 64, 8, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        nt_xent(z1, z2, temperature=0.5, anchors=slice(16, 24))
+    assert max(sizes) == 2 * 8 * 2 * 64
