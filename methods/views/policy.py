@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from methods.base import Transform
+from methods.views.affine import Affine, random_affine
 from methods.views.batch import check_images, resize, to_float
-from methods.views.crop import pad_crop
+from methods.views.crop import crop_resize, pad_crop, random_boxes
 from methods.views.draws import Draws
 from methods.views.randaugment import GREY, OPS, cutout, rand_augment
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """RandAugment, cutout, padded crop, flip, in this order, as in Noisy Student's released code for 32 pixels.
+    """Affine map, RandAugment, cutout, crop, flip, in this order, as in Noisy Student's released code for 32 pixels.
 
     The defaults are those of He et al. 2015, arXiv:1512.03385, section 4.2. Images of another size are first resized.
     """
 
     padding: int = 4  # pixels of reflected border before the crop
+    min_area: float = 1.0  # below 1: a random resized crop of at least this fraction, Szegedy et al. 2014, not padded
     flip: bool = True  # off where a mirror image changes the meaning, such as digits
+    affine: Affine | None = None  # rotation, shift and scale within limits, for small pictures
     randaugment: float = 0.0  # magnitude M on a scale of 10, may exceed it; 0 is off
     randaugment_ops: int = 2  # operations in a row, N
     ops: tuple[str, ...] = OPS  # which RandAugment draws from, such as only geometric ones for digits
@@ -33,6 +36,8 @@ class Augment:
     def __post_init__(self) -> None:
         if self.padding < 0:
             raise ValueError(f"padding = {self.padding}: must be >= 0 pixels")
+        if not 0 < self.min_area <= 1:
+            raise ValueError(f"min_area = {self.min_area}: must be in (0, 1], 1 is off")
         if not (math.isfinite(self.randaugment) and self.randaugment >= 0):
             raise ValueError(f"randaugment = {self.randaugment}: must be a magnitude >= 0, 10 is full scale, 0 is off")
         if self.randaugment_ops < 1:
@@ -55,6 +60,8 @@ class Augment:
         def augment(images: Tensor, draws: Draws) -> Tensor:
             check_images(images, draws)
             images = resize(images, pixels)
+            if self.affine is not None:
+                images = random_affine(images, draws.fork(4), self.affine, fill=self.fill)
             if self.randaugment:
                 images = rand_augment(
                     images,
@@ -66,6 +73,9 @@ class Augment:
                 )
             if self.cutout:
                 images = cutout(images, draws.fork(1), side=round(self.cutout * pixels), fill=self.fill)
+            if self.min_area < 1:
+                boxes = random_boxes(draws.fork(2), pixels, pixels, min_area=self.min_area)
+                return crop_resize(images, boxes, pixels, mirror=draws.fork(3).chance(0.5) if self.flip else None)
             if self.padding or self.flip:
                 images = pad_crop(images, draws.fork(2), padding=self.padding, flip=self.flip)
             return to_float(images)

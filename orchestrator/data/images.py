@@ -182,6 +182,10 @@ class Images:
         """The same images, none of them labelled."""
         return self._with(label=np.zeros(len(self), np.int64), labelled=np.zeros(len(self), bool))
 
+    def with_labels(self, label: np.ndarray) -> Images:
+        """The same images with other labels (N,) of the same classes; those without a label stay so."""
+        return self._with(label=label)
+
     def relabel(self, classes: Sequence[str]) -> Images:
         """The same labels, by name, under another class map; a label whose class is not in it becomes no label."""
         place = {name: number for number, name in enumerate(classes)}

@@ -36,6 +36,9 @@ class Split:
             classes' proportions; at most one. A split drawn from another split takes its images out of it.
         without: leave out the images of these splits.
         labels: False hides the labels; then a draw does not look at them either.
+        label_noise: share of the labels that are replaced by a class drawn uniformly from all, to study what wrong
+            labels do: of K classes, 1 - label_noise (1 - 1 / K) of the labels stay right. A greater share adds to
+            what a smaller one replaced.
     """
 
     source: str
@@ -44,6 +47,7 @@ class Split:
     count: int | None = None
     without: tuple[str, ...] = ()
     labels: bool = True
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -57,6 +61,10 @@ class Split:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction}: must be above 0 and below 1")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"label_noise = {self.label_noise}: must be in [0, 1]")
+        if self.label_noise and not self.labels:
+            raise ValueError(f"label_noise = {self.label_noise}: must be left out where labels are hidden")
         if self.per_class is not None and not self.labels:
             raise ValueError(f"per_class = {self.per_class}: must be left out where labels are hidden; use count")
 
@@ -100,6 +108,10 @@ class DataConfig:
                     raise ValueError(
                         f"splits.{name}.without = {other!r}: must be another split{nearest(other, self.splits)}"
                     )
+            if name in PROTECTED and split.label_noise:
+                raise ValueError(
+                    f"splits.{name}.label_noise = {split.label_noise}: must be left out, wrong labels measure nothing"
+                )
             if name in UNLABELLED and split.per_class is not None:
                 raise ValueError(
                     f"splits.{name}.per_class = {split.per_class}: must be left out, its labels are hidden; use count"
@@ -361,7 +373,20 @@ def _resolve(
     for name, images in left.items():
         if not len(images):
             raise UserError(f"{name}: no image of {config.splits[name].source} is left after other splits took theirs")
+    for name, split in config.splits.items():
+        if split.label_noise and visible[name]:
+            clean = left[name].label
+            left[name] = _noisy(left[name], split.label_noise, seed, name)
+            wrong = int((left[name].label != clean).sum())
+            notices.append(f"{name}: {wrong:,} of {len(clean):,} labels are wrong on purpose (label_noise)")
     return {name: left[name] if visible[name] else left[name].without_labels() for name in config.splits}
+
+
+def _noisy(images: Images, share: float, seed: int, name: str) -> Images:
+    """The images with `share` of their labels replaced by a draw from all classes."""
+    chance = (_priority(images.ids, seed, f"{name} noise").view(np.uint64) >> np.uint64(11)) * 2.0**-53
+    drawn = (_priority(images.ids, seed, f"{name} wrong").view(np.uint64) % np.uint64(len(images.classes))).astype(int)
+    return images.with_labels(np.where(chance < share, drawn, images.label))
 
 
 def _exclusion_line(name: str, other: str, count: int, example: str, roots: Mapping[str, str]) -> str:

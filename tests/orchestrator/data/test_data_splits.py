@@ -38,6 +38,8 @@ def noticed(data: Data, text: str) -> bool:
         ({"count": -1}, "count = -1: must be at least 1"),
         ({"fraction": 1.0}, "fraction = 1.0: must be above 0 and below 1"),
         ({"per_class": 3, "count": 5}, "count = 5: must be left out, per_class is given already"),
+        ({"label_noise": 1.5}, "label_noise = 1.5: must be in [0, 1]"),
+        ({"label_noise": 0.5, "labels": False}, "label_noise = 0.5: must be left out where labels are hidden"),
         ({"per_class": 3, "labels": False}, "per_class = 3: must be left out where labels are hidden"),
     ],
 )
@@ -56,6 +58,7 @@ def test_split_refuses_bad_values_by_name(options, message):
         ({"splits": {}}, "splits = {}: must name at least one split"),
         ({"splits": {"a": Split(source="x", without=("bb",)), "b": Split(source="x")}}, "did you mean b"),
         ({"splits": {"a": Split(source="b"), "b": Split(source="a")}}, "must not be made from each other in a circle"),
+        ({"splits": {"test": Split(source="x", label_noise=0.1)}}, "test.label_noise = 0.1: must be left out"),
         ({"splits": {"unlabelled": Split(source="x", per_class=3)}}, "unlabelled.per_class = 3: must be left out"),
     ],
 )
@@ -364,6 +367,22 @@ def test_split_that_ends_up_empty_is_named(tmp_path):
 
 
 # ---- what is kept
+
+
+def test_label_noise_leaves_the_share_of_right_labels_that_a_uniform_draw_gives(tmp_path):
+    def labels(noise, seed=0):
+        data = opened(tmp_path, {"labelled": Split(source="digits/train", label_noise=noise)}, seed=seed)
+        return data, data.splits["labelled"].label
+
+    clean = labels(0.0)[1]
+    data, half = labels(0.5)
+    share = (half == clean).mean()
+    assert share == pytest.approx(0.55, abs=3 * (0.55 * 0.45 / len(clean)) ** 0.5)  # 1 - p + p / K
+    assert noticed(data, "labels are wrong on purpose")
+    more = labels(0.75)[1]
+    assert (more[half != clean] == half[half != clean]).all()  # a greater share adds to a smaller one
+    assert (labels(0.5)[1] == half).all() and (labels(0.5, seed=1)[1] != half).any()
+    assert set(np.unique(labels(1.0)[1])) == set(range(10))
 
 
 def test_saved_splits_hold_every_image_once_with_its_class(tmp_path):
