@@ -82,8 +82,8 @@ class RunResult:
         return {
             "run": self.run, "store": self.store, "report": self.report,
             "verdict": {name: self.verdict[name] for name in brief} if self.verdict else None,
-            "comparison": self.comparison,
             "stages": [{name: stage[name] for name in shown} for stage in self.stages],
+            **({"comparison": self.comparison} if self.comparison else {}),
         }  # fmt: skip
 
 

@@ -54,7 +54,24 @@ def curves(run: RunFacts) -> Section | None:
         ]  # fmt: skip
         heading = f"{stage.name}: {describe(stage, run.names(next(iter(run.seeds))))}"
         section.blocks.extend([Text(heading, "heading"), Row(group, narrow=True)])
+        if "effective_rank" in series:
+            section.blocks.append(Text(_still_pays(checkpoint), "note"))
     return section if section.blocks else None
+
+
+PAYS = 0.01  # share of the loss
+
+
+def _still_pays(checkpoint: Checkpoint) -> str:
+    """Whether longer pretraining is likely to be worth it, by how far the loss fell in its last fifth."""
+    step, series, _ = _curve_table(checkpoint)
+    loss = series["loss"][np.isfinite(series["loss"])]
+    fifth = max(1, len(loss) // 5)
+    before, last = loss[-2 * fifth : -fifth].mean() if len(loss) > fifth else loss[0], loss[-fifth:].mean()
+    fell = (before - last) / abs(before) if before else 0.0
+    spent = f"In the last fifth of its {checkpoint.facts['steps']:,} steps the loss fell by {100 * fell:.1f} %"
+    return (f"{spent}: longer training is likely to pay." if fell > PAYS
+            else f"{spent}: longer training alone is unlikely to bring much.")  # fmt: skip
 
 
 def _numbers(step: np.ndarray, series: Mapping[str, np.ndarray]) -> Table:
@@ -85,11 +102,17 @@ def _panels(series: Mapping[str, np.ndarray]) -> list[tuple[list[str], str, str]
     """(names, axis label, look) of what belongs on one axis: losses, shares, the learning rate, anything else."""
     losses = [name for name in series if "loss" in name]
     rest = [name for name in series if name not in losses and name != "learning_rate"]
-    share = [name for name in rest if np.nanmin(series[name]) >= 0 and np.nanmax(series[name]) <= 1]
+    signals = ("alignment", "uniformity", "effective_rank")  # each on its own scale
+    share = [
+        name for name in rest if name not in signals and np.nanmin(series[name]) >= 0 and np.nanmax(series[name]) <= 1
+    ]
     rate = [name for name in series if name == "learning_rate"]
     other = [name for name in rest if name not in share]
     title = share[0].replace("_", " ") if len(share) == 1 else "share of the images"
-    return [(losses, "loss, nats", ""), (share, title, "share"), (other, "value", ""), (rate, "learning rate", "zero")]
+    return [
+        (losses, "loss, nats", ""), (share, title, "share"),
+        *(([name], name.replace("_", " "), "") for name in other), (rate, "learning rate", "zero"),
+    ]  # fmt: skip
 
 
 def ledger(run: RunFacts) -> Section | None:

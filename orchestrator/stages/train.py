@@ -14,6 +14,9 @@ from torch import Tensor
 from methods.base import Method
 from methods.ema import averaged_copy
 from methods.encoders import Encoder
+from methods.representation import alignment, effective_rank, uniformity
+from methods.views.draws import Draws
+from methods.views.policy import Augment
 from orchestrator.artifacts import Checkpoint, Labels
 from orchestrator.component import Component
 from orchestrator.context import Context, Interrupted
@@ -22,11 +25,13 @@ from orchestrator.data.loader import Order
 from orchestrator.stage import Stage, Wiring
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import Stream, train_steps
-from orchestrator.training.norm import clean_images, reset_norm
+from orchestrator.training.norm import clean_images, clean_rows, reset_norm
 from orchestrator.training.optim import Optim
-from orchestrator.training.precision import auto_precision, device
+from orchestrator.training.precision import auto_precision, autocast, device
 
 LOG_EVERY = 20  # steps between logged losses: reading one is a device synchronisation
+SIGNALS = 10  # how often pretraining without labels looks at its features
+LOOKED_AT = 256  # images it looks at them on
 SAMPLE = 4096  # clean images that priors and the statistics of batch norm are taken from
 
 
@@ -272,6 +277,7 @@ class Fit:
             total=total, seed=context.seed, precision=precision, average=average, ema=stage.ema, clip=stage.clip,
             accumulate=stage.accumulate, part=part, parts=parts,
         )  # fmt: skip
+        unsupervised = all(stream.label is None and stream.target is None for stream in streams)
         last_save = time.monotonic()
         waited, since, done = 0.0, time.perf_counter(), start
         for step in steps:
@@ -288,6 +294,11 @@ class Fit:
                     context.log(step.number, {**values, "learning_rate": step.rate, "images_per_second": rate,
                                               "reading_share": waited / max(elapsed, 1e-9)})  # fmt: skip
                 waited, since, done = 0.0, time.perf_counter(), number
+            if unsupervised and (number % max(1, total // SIGNALS) == 0 or number == total):
+                signals = self._signals(method, clean, precision)
+                curves += [(step.number, name, value) for name, value in signals.items()]
+                if part == 0:
+                    context.log(step.number, signals)
             if part == 0:
                 context.progress(number, total)
             stop, due = context.stopping(), time.monotonic() - last_save >= context.save_seconds
@@ -305,6 +316,20 @@ class Fit:
                     if model is not None:
                         reset_norm(model, sample, precision)
             save(total)
+
+    def _signals(self, method: Method, images: Images, precision: str) -> dict[str, float]:
+        """Alignment, uniformity and effective rank of the features of some images, in two weakly augmented views."""
+        model, where = averaged_copy(method), device()
+        rows = clean_rows(images, LOOKED_AT, self.context.seed)
+        if method.clean_norm:
+            reset_norm(model, (images.batch(rows).float() / 255).to(where), precision)
+        augment, found = Augment().build(images.pixels), []
+        with torch.no_grad(), autocast(precision, where.type):
+            for view in range(2):
+                pixels = augment(images.batch(rows).to(where), Draws.of(self.context.seed, 0, rows, view).to(where))
+                found.append(model.features(pixels.contiguous(memory_format=torch.channels_last)).float().cpu())
+        return {"alignment": float(alignment(*found)), "uniformity": float(uniformity(found[0])),
+                "effective_rank": float(effective_rank(found[0]))}  # fmt: skip
 
     def _read(self, losses: dict[str, Tensor], step: int, parts: int) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}

@@ -17,10 +17,14 @@ from orchestrator.training.precision import autocast
 CHUNK = 256  # images a forward pass
 
 
+def clean_rows(images: Images, count: int, seed: int) -> Tensor:
+    """At most `count` different rows, (M,) int64, chosen by the seed."""
+    return Draws.of(seed, 0, torch.tensor([count])).permutation(len(images))[0, :count]
+
+
 def clean_images(images: Images, count: int, seed: int) -> Tensor:
     """At most `count` images, chosen by the seed, float32 (M, 3, H, W) in [0, 1] on the CPU."""
-    chosen = Draws.of(seed, 0, torch.tensor([count])).permutation(len(images))[0, :count]
-    return images.batch(chosen).float() / 255
+    return images.batch(clean_rows(images, count, seed)).float() / 255
 
 
 @torch.no_grad()
