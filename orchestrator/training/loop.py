@@ -116,7 +116,7 @@ def train_steps(
         progress = number / total
         rate = optim.rate(number + 1, total)  # a warm-up's first update is not with rate 0
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         # dropout and stochastic depth: a function of (seed, step, worker), so nothing of them needs saving
         torch.manual_seed(int(mix(torch.tensor(seed * 1_000_003 + number * parts + part))) & 0x7FFF_FFFF)
         losses: Losses = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ class Optim:
 
     name: Literal["sgd", "lars", "adamw", "rmsprop"] = "sgd"
     lr: float
+    encoder_lr: float = 1.0  # the encoder's learning rate relative to `lr`: 0.1 suits fine-tuning a pretrained one
     momentum: float = 0.9
     nesterov: bool = True  # sgd only
     weight_decay: float = 5e-4  # on weights only, never on biases and norms
@@ -28,6 +29,8 @@ class Optim:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"lr = {self.lr}: must be > 0")
+        if not self.encoder_lr >= 0:
+            raise ValueError(f"encoder_lr = {self.encoder_lr}: must be >= 0, relative to lr; 0 leaves it as it is")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup}: must be in [0, 1), a fraction of all steps")
         if not 0 <= self.momentum < 1:
@@ -50,11 +53,16 @@ class Optim:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser over a model's trainable parameters: biases and norms without decay or layer-wise scaling."""
+        encoder = getattr(model, "encoder", None)
+        inside = {id(p) for p in encoder.parameters()} if encoder is not None and self.encoder_lr != 1 else set()
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
-        ]
+        groups: list[dict[str, Any]] = []
+        for part, factor in ((False, 1.0), (True, self.encoder_lr)):
+            own = [p for p in trained if (id(p) in inside) == part]
+            groups += [
+                {"params": [p for p in own if p.ndim > 1], "weight_decay": self.weight_decay, "factor": factor},
+                {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0, "adapt": False, "factor": factor},
+            ]
         groups = [group for group in groups if group["params"]]
         if self.name == "lars":
             return Lars(groups, lr=self.lr, momentum=self.momentum)

@@ -67,3 +67,24 @@ def test_every_optimiser_learns_and_decays_only_weights(name):
 def test_a_bad_value_names_the_field_the_value_and_the_range():
     with pytest.raises(ValueError, match=r"lr = -1.0: must be > 0"):
         Optim(lr=-1.0)
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "rmsprop"])
+def test_the_encoder_may_learn_slower_than_the_head_and_every_weight_is_in_one_group(name):
+    model = _Model()
+    optimizer = Optim(name=name, lr=0.5, encoder_lr=0.1).build(model)
+    factor = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
+    assert [factor[id(p)] for p in model.parameters()] == [0.1, 0.1, 1.0, 1.0]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+    assert len(Optim(name=name, lr=0.5).build(model).param_groups) == 2
+
+
+def test_an_encoder_that_would_learn_backwards_is_refused():
+    with pytest.raises(ValueError, match="encoder_lr = -1"):
+        Optim(lr=0.1, encoder_lr=-1)
