@@ -21,6 +21,7 @@ from methods.views.policy import Augment
 class SupervisedConfig(MethodConfig):
     augment: Augment = Augment()  # pad 4, crop, flip: He et al. 2015, section 4.2
     label_smoothing: float = 0.0  # 0.1 in Noisy Student
+    soft: bool = False  # of a teacher's labels learn the whole distribution: distillation, Hinton et al. 2015, T = 1
     dropout: float = 0.0  # on the pooled features, fraction dropped
     drop_path: float = 0.0  # stochastic depth of the last block, linear decay; 0.2 in Noisy Student
 
@@ -29,6 +30,8 @@ class SupervisedConfig(MethodConfig):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} = {value}: must be in [0, 1)")
+        if self.soft and self.label_smoothing:
+            raise ValueError(f"label_smoothing = {self.label_smoothing}: must be 0 with soft, which is smooth already")
 
 
 class Supervised(Method):
@@ -47,7 +50,10 @@ class Supervised(Method):
 
     def training_step(self, batch: Batch, progress: float) -> Losses:
         logits = self.logits(batch["labelled"])
-        loss = cross_entropy(logits, batch["label"], smoothing=self.config.label_smoothing)
+        if self.config.soft:
+            loss = cross_entropy(logits, batch["target"])
+        else:
+            loss = cross_entropy(logits, batch["label"], smoothing=self.config.label_smoothing)
         return {"loss": loss, "train_accuracy": (logits.argmax(dim=1) == batch["label"]).float().mean()}
 
     def features(self, images: Tensor) -> Tensor:

@@ -104,8 +104,12 @@ class Train(Stage):
                 found.append((f"inputs.{key}", f"missing: {name} learns from it"))
             if not need and key in given:
                 found.append((f"inputs.{key}", f"{name} does not read it; leave it out"))
+        if getattr(self.method.config, "soft", False) and needed["labels"] is False:
+            found.append(("method.soft", "learns a teacher's distributions: give inputs.images and inputs.labels"))
         if found:
             return found
+        if getattr(self.method.config, "soft", False) and self.vocabulary(wiring) != wiring.classes:
+            found.append(("method.soft", "clusters have no distributions; leave it out"))
         if method.needs_targets and self.vocabulary(wiring) != wiring.classes:
             found.append(("inputs.labels", f"are not of the data's classes, and {name} learns both together"))
         for key, size in self._sizes(streams).items():
@@ -221,7 +225,8 @@ class Fit:
             found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))
         else:
             label = torch.from_numpy(table["class"].to_numpy().astype("int64"))[rows]
-            found.append(Stream("labelled", self.images, order, label=label, rows=rows))
+            target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities().copy())[rows]
+            found.append(Stream("labelled", self.images, order, label=label, target=target, rows=rows))
         return tuple(found)
 
     def run(self, *, part: int = 0, parts: int = 1, wrap: Any = None) -> None:
