@@ -9,21 +9,25 @@ from torch import Tensor
 from methods.views.draws import Draws
 
 
-def cut_tiles(images: Tensor, draws: Draws, *, grid: int, tile: int) -> Tensor:
+def cut_tiles(images: Tensor, draws: Draws, *, grid: int, tile: int, gap: int = 0) -> Tensor:
     """One tile of each cell of a grid, at a random place in its cell, drawn for each cell and axis on its own.
 
     Args:
         images: (B, C, H, W) with H and W multiples of `grid`.
         tile: side in pixels, at most a cell's; what is smaller leaves gaps, so that edges do not continue.
+        gap: least pixels between tiles of neighbouring cells: without, two may happen to touch.
     Returns:
-        (B, grid², C, tile, tile), cells row by row.
+        (B, grid², C, tile, tile), cells row by row. Cells of 85 with tiles of 64 and gap 1, as in Noroozi and Favaro's
+        code, leave 1 to 41 pixels, 21 on average.
     """
     cells = rearrange(images, "b c (i h) (j w) -> b (i j) c h w", i=grid, j=grid)
     count, number, channels, height, width = cells.shape
     if tile > min(height, width):
         raise ValueError(f"tile = {tile}: larger than a cell of {height} x {width} pixels")
-    down = draws.fork(0).integers(number, height - tile + 1)
-    across = draws.fork(1).integers(number, width - tile + 1)
+    if not 0 <= gap <= min(height, width) - tile:
+        raise ValueError(f"gap = {gap}: must be in [0, {min(height, width) - tile}], what a tile leaves of its cell")
+    down = draws.fork(0).integers(number, height - tile - gap + 1)
+    across = draws.fork(1).integers(number, width - tile - gap + 1)
     inside = torch.arange(tile, device=images.device)
     rows, columns = down[..., None] + inside, across[..., None] + inside
     index = (rows[..., :, None] * width + columns[..., None, :]).flatten(2)
@@ -43,3 +47,14 @@ def greyscale(images: Tensor, which: Tensor) -> Tensor:
     luma = torch.tensor((0.299, 0.587, 0.114), device=images.device, dtype=images.dtype)
     grey = (images * luma[:, None, None]).sum(dim=1, keepdim=True).expand_as(images)
     return torch.where(which[:, None, None, None], grey, images)
+
+
+def without_green_magenta(images: Tensor, which: Tensor) -> Tensor:
+    """The images (B, 3, H, W) for which `which` (B,) is true without their green-magenta part: x - (a·x) a / 6.
+
+    With a = (-1, 2, -1), along which lenses part the colours towards an image's edge and so tell where a patch is from:
+    Doersch et al. 2015, arXiv:1505.05192, section 3.1. Greys stay, pure green (0, 1, 0) becomes a third of white.
+    """
+    axis = torch.tensor((-1.0, 2.0, -1.0), device=images.device, dtype=images.dtype)[:, None, None]
+    rest = images - (images * axis).sum(dim=1, keepdim=True) / 6 * axis
+    return torch.where(which[:, None, None, None], rest, images)

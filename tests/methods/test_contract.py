@@ -73,7 +73,9 @@ class TestContract:
 
     def test_every_trained_weight_gets_a_finite_gradient(self, cls):
         method = build(cls)
-        method(batch_of(method), 0.0)["loss"].backward()
+        for number in range(4 if cls.skips_weights else 1):  # some weights have their turn in a later step
+            method(batch_of(method, number), 0.0)["loss"].backward()
+            method.on_step_end(0.0)
         for name, parameter in method.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), name
