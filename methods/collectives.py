@@ -43,3 +43,28 @@ def own_rows(count: int) -> slice:
     """Where this worker's `count` rows are among all workers' gathered ones."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return slice(rank * count, (rank + 1) * count)
+
+
+def workers() -> int:
+    """How many processes work together; 1 when alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(value: Tensor, *, largest: bool = False) -> Tensor:
+    """The sum, or the largest, of all workers' `value`, elementwise and without a gradient; the same tensor alone."""
+    if workers() == 1:
+        return value
+    total = value.detach().contiguous().clone()
+    dist.all_reduce(total, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return total
+
+
+def gather_uneven(rows: Tensor) -> Tensor:
+    """The rows of all workers in rank order, as many as each has, without a gradient: (n_w, ...) to (N, ...)."""
+    if workers() == 1:
+        return rows
+    counts = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])  # the collective wants equal shapes
+    padded[: len(rows)] = rows.detach()
+    parts = all_gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -28,7 +28,9 @@ LABEL, CUT, CHANNELS, GREY, PROJECT, COUNT, SLOTS, OTHERS = range(8)  # streams 
 
 @dataclass(frozen=True, kw_only=True)
 class JigsawConfig(MethodConfig):
-    augment: Augment = Augment(min_area=0.6)  # PIRL's code; no padding, whose mirror images would tell edge tiles
+    # a flip: in noise, 2 x 2 tiles of 21 in cells of 24 are right in 25 % as they are, chance, in 43 % with 4 pixels of
+    # reflected border, which shows the edge, in 66 % with crops enlarged from 0.6 of the area, which smear across gaps
+    augment: Augment = Augment(padding=0)
     grid: int = 3  # cells a side; with 2 there are 24 orders
     cell: int = 16  # pixels, after scaling the image to grid x cell; 85 in the released code
     tile: int = 14  # pixels, at a random place of its cell; 64 in the released code
@@ -139,7 +141,7 @@ class JigsawTask(PretextTask):
         if c.max_occluded:
             if len(images) < 2:
                 raise ValueError("a batch of 1 image: jigsaw++ takes tiles from another image, it needs at least 2")
-            tiles, _ = occlude(tiles, own.roll(1, dims=0), draws, most=c.max_occluded)
+            tiles, _ = occlude(tiles, own.roll(-1, dims=0), draws, most=c.max_occluded)
         # after occluding, as the image decides: strangers of another colour would be seen at once
         number = tiles.shape[1]
         grey = draws.fork(GREY).chance(c.grey).repeat_interleave(number)

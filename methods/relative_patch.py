@@ -70,7 +70,10 @@ class RelativePatchConfig(MethodConfig):
 
 
 class RelativePatchTask(PretextTask):
-    """Two layers on the features of two patches, which meet only there: earlier, pixels could be compared."""
+    """Two layers on the features of two patches, which meet only there: earlier, pixels could be compared.
+
+    Straight neighbours are more than diagonal ones: always naming one of them is right in 15 % of a 3 by 3 grid.
+    """
 
     chance_loss = math.log(8)
 

@@ -133,12 +133,23 @@ class Scores(Artifact):
     kind: ClassVar[str] = "Scores"
 
     @staticmethod
-    def write(folder: Path, scores: list[dict[str, Any]]) -> Scores:
-        """Write the records; the facts name each value by "protocol_metric"."""
+    def write(folder: Path, scores: list[dict[str, Any]], neighbours: list[dict[str, Any]] | None = None) -> Scores:
+        """Write the records; the facts name each value by "protocol_metric", with its tap between them.
+
+        Args:
+            neighbours: [{query: {id, path, label}, nearest: [the same ...]}], for a figure.
+        """
         write_json(folder / "scores.json", scores)
+        if neighbours:
+            write_json(folder / "neighbours.json", neighbours)
         return Scores(folder, {
             "_".join(filter(None, (s["protocol"], s.get("tap"), s["metric"]))): s["value"] for s in scores
         })  # fmt: skip
+
+    def neighbours(self) -> list[dict[str, Any]]:
+        """Queries with their nearest images, where retrieval was asked for."""
+        path = self.folder / "neighbours.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
     def scores(self) -> list[dict[str, Any]]:
         """The records, as written."""

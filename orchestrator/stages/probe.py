@@ -10,16 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.metrics import knn_predict, linear_probe, wilson_interval
+from methods.clustering import kmeans, normalise_rows
+from methods.metrics import (
+    ari,
+    knn_predict,
+    linear_probe,
+    nmi,
+    purity,
+    retrieval_map,
+    retrieval_precision,
+    wilson_interval,
+)
 from methods.views.draws import Draws
 from orchestrator.artifacts import Checkpoint, Scores
 from orchestrator.context import Context
 from orchestrator.data.images import Images
 from orchestrator.stage import Stage, Wiring, foreign
+from orchestrator.svm import svm_map
 
-Protocol = Literal["classifier", "knn", "linear", "layers"]
+Protocol = Literal["classifier", "knn", "linear", "layers", "retrieval", "clusters", "svm"]
 WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 5
+QUERIES = 2000  # images that look for their neighbours among each other
+DEPTH = 10  # neighbours that a query's precision is of
+SHOWN = 6  # queries in the figure, and neighbours of each
+RESAMPLES = 200  # of the bootstrap over images, for scores that are no means over images
 ENOUGH = 2000  # labelled images from which one fold judges the weight decays as well as five
 
 
@@ -29,7 +44,9 @@ class Probe(Stage):
 
     Protocols: `knn`, the weighted vote of the nearest labelled images; `linear`, a linear classifier on the feature;
     `layers`, one on every tap of the encoder; `classifier`, the model's own head, where it tells the data's classes
-    apart. Without `images` each labelled image is judged by the others: k-NN leaves the image itself out, linear
+    apart; `retrieval`, how many of an image's nearest neighbours are of its class; `clusters`, how well k-means with as
+    many clusters as classes finds the classes; `svm`, mean AP of a linear SVM a class, as on VOC07. Retrieval and clusters
+    learn nothing and are of `images`, or of `labelled` without them. Without `images` each labelled image is judged by the others: k-NN leaves the image itself out, linear
     probes are cross-validated in five folds. A probe's weight decay is chosen on a part of `labelled`, never on
     `images`. Images without a label are not used; every score says how many it rests on.
     """
@@ -49,11 +66,12 @@ class Probe(Stage):
             raise ValueError(f"temperature = {self.temperature}: must be > 0")
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
-        if "classifier" not in self.protocols:
-            return []
         if "images" not in wiring.images:
-            return [("inputs.images", "missing: a classifier learned from `labelled`, so judge it by other images")]
-        return foreign(wiring, "model")
+            return [
+                ("inputs.images", f"missing: {protocol} needs other images than `labelled` to be judged by")
+                for protocol in ("classifier", "svm") if protocol in self.protocols
+            ]  # fmt: skip
+        return foreign(wiring, "model") if "classifier" in self.protocols else []
 
     def run(self, context: Context, *, model: Checkpoint, labelled: Images, images: Images | None = None) -> Scores:
         classes = len(labelled.classes)
@@ -65,7 +83,26 @@ class Probe(Stage):
                      "high": high, "n": len(right), "labelled": rows}  # fmt: skip
             scores.append(score if tap is None else {**score, "tap": tap})
 
+        neighbours: list[dict[str, Any]] = []
+        judged = labelled if images is None else images
         for protocol in self.protocols:
+            if protocol in ("retrieval", "clusters"):
+                features, label = _known(context.extract(model, judged), judged)
+                with context.compute():
+                    scores += self._retrieval(features, label) if protocol == "retrieval" else self._clusters(
+                        features, label, classes
+                    )  # fmt: skip
+                    neighbours += _neighbours(features, label, judged) if protocol == "retrieval" else []
+                continue
+            if protocol == "svm":
+                assert images is not None
+                (train, known), (asked, truth) = (
+                    _known(context.extract(model, part), part) for part in (labelled, images)
+                )
+                with context.compute():
+                    targets, truths = (F.one_hot(part, classes) for part in (known, truth))
+                    scores.append(svm_map(train, targets, asked, truths))
+                continue
             if protocol == "classifier":
                 assert images is not None
                 predicted, label = _known(context.predict(model, images), images)
@@ -80,10 +117,38 @@ class Probe(Stage):
                 with context.compute():
                     right = judge(features, label, queries, classes)
                 add(protocol, right, len(label), tap if protocol == "layers" else None)
-        return Scores.write(context.output, scores)
+        return Scores.write(context.output, scores, neighbours)
 
     def _features(self, context: Context, model: Checkpoint, images: Images, protocol: str) -> dict[str, Tensor]:
         return context.extract_taps(model, images) if protocol == "layers" else {"gap": context.extract(model, images)}
+
+    def _retrieval(self, features: Tensor, label: Tensor) -> list[dict[str, Any]]:
+        rows = _some(len(label), QUERIES)
+        found = {
+            f"precision@{DEPTH}": retrieval_precision(features[rows], label[rows], k=DEPTH),
+            "mAP": retrieval_map(features[rows], label[rows]),
+        }  # fmt: skip
+        scores = []
+        for metric, each in found.items():
+            each = each[~each.isnan()]
+            half = 1.959964 * float(each.std()) / len(each) ** 0.5
+            mean = float(each.mean())
+            scores.append({"protocol": "retrieval", "metric": metric, "value": mean, "low": max(0.0, mean - half),
+                           "high": min(1.0, mean + half), "n": len(each), "labelled": 0})  # fmt: skip
+        return scores
+
+    def _clusters(self, features: Tensor, label: Tensor, classes: int) -> list[dict[str, Any]]:
+        draws = Draws.of(0, 0, torch.arange(1))
+        found = kmeans(normalise_rows(features), min(classes, len(features)), draws=draws).labels
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randint(len(label), (len(label),), generator=generator) for _ in range(RESAMPLES)]
+        scores = []
+        for metric, measure in (("NMI", nmi), ("ARI", ari), ("purity", purity)):
+            spread = torch.tensor([measure(label[rows], found[rows]) for rows in drawn])
+            low, high = spread.quantile(torch.tensor([0.025, 0.975])).tolist()
+            scores.append({"protocol": "clusters", "metric": metric, "value": measure(label, found), "low": low,
+                           "high": high, "n": len(label), "labelled": 0})  # fmt: skip
+        return scores
 
     def _knn(self, train: Tensor, label: Tensor, queries: tuple[Tensor, Tensor] | None, classes: int) -> Tensor:
         k = max(1, min(self.k, len(train) // classes - (queries is None)))
@@ -115,6 +180,30 @@ class Probe(Stage):
                 fitted = linear_probe(train[inside], label[inside], classes=classes, weight_decay=decay)
                 right[~inside] = _predict(fitted, train[~inside]) == label[~inside]
         return right
+
+
+def _some(count: int, most: int) -> Tensor:
+    """At most `most` of `count` rows, always the same ones."""
+    return Draws.of(0, 0, torch.arange(1)).permutation(count)[0, :most]
+
+
+def _neighbours(features: Tensor, label: Tensor, images: Images) -> list[dict[str, Any]]:
+    """A few queries with the images that lie nearest to them, as {row, label} of rows of `images`."""
+    rows = _some(len(label), SHOWN)
+    unit = F.normalize(features, dim=1)
+    similarity = unit[rows] @ unit.T
+    similarity[torch.arange(len(rows)), rows] = -torch.inf
+    nearest = similarity.topk(min(SHOWN, len(label) - 1), dim=1).indices
+    place = torch.from_numpy(images.labelled.copy()).nonzero()[:, 0]
+
+    def shown(row: int) -> dict[str, Any]:
+        at = int(place[row])
+        return {"id": str(images.ids[at]), "path": images.where(at), "label": images.classes[int(label[row])]}
+
+    return [
+        {"query": shown(row), "nearest": [shown(other) for other in found]}
+        for row, found in zip(rows.tolist(), nearest.tolist(), strict=True)
+    ]
 
 
 def _predict(fitted: tuple[Tensor, Tensor, Tensor, Tensor], features: Tensor) -> Tensor:
