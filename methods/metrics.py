@@ -221,8 +221,8 @@ def _ranked(features: Tensor, label: Tensor, clip: Tensor | None, chunk: int) ->
 
 def retrieval_precision(
     features: Tensor, label: Tensor, *, k: int, clip: Tensor | None = None, chunk: int = 512
-) -> float:
-    """Mean share, over all rows as queries, of a row's k nearest others by cosine that are of its label.
+) -> Tensor:
+    """Share, for each row as a query, of its k nearest others by cosine that are of its label.
 
     Args:
         features: (N, D), N >= 2, of any length. label: (N,).
@@ -230,37 +230,31 @@ def retrieval_precision(
         clip: (N,) integers: rows of the query's own clip are not found, as frames of one video. Default: only the query
             itself is not.
     Returns:
-        In [0, 1]. Rows at angles 0, 10, 25, 90 degrees with labels 0, 1, 0, 1 give 0.375 at k = 2.
+        (N,) float64 in [0, 1], nan for a row with no other to find. Rows at angles 0, 10, 25, 90 degrees with labels
+        0, 1, 0, 1 have the mean 0.375 at k = 2.
     """
     if not k > 0:
         raise ValueError(f"k = {k}: must be > 0")
     shares = [
         right[:, :k].sum(dim=1) / allowed[:, :k].sum(dim=1) for right, allowed in _ranked(features, label, clip, chunk)
     ]
-    return _mean_of_defined(shares, "another row to find")
+    return torch.cat(shares).double()
 
 
-def retrieval_map(features: Tensor, label: Tensor, *, clip: Tensor | None = None, chunk: int = 512) -> float:
-    """Mean over queries of the mean precision at the ranks of the rows of their label: `retrieval_precision` at every
-    depth. Queries that are alone with their label are left out.
+def retrieval_map(features: Tensor, label: Tensor, *, clip: Tensor | None = None, chunk: int = 512) -> Tensor:
+    """Mean precision, for each row as a query, at the ranks of the rows of its label: `retrieval_precision` at every
+    depth.
 
     Returns:
-        In [0, 1]. The example of `retrieval_precision` gives (1/2 + 1/3 + 1/2 + 1/2) / 4 = 0.458333.
+        (N,) float64 in [0, 1], nan for a row that is alone with its label. The example of `retrieval_precision` has
+        1/2, 1/3, 1/2, 1/2.
     """
     found = []
     for right, _ in _ranked(features, label, clip, chunk):
         rank = torch.arange(1, right.shape[1] + 1, device=right.device)
         precision = right.cumsum(dim=1) / rank
         found.append((precision * right).sum(dim=1) / right.sum(dim=1))
-    return _mean_of_defined(found, "another row of its label")
-
-
-def _mean_of_defined(parts: list[Tensor], wanted: str) -> float:
-    values = torch.cat(parts).double()
-    values = values[~values.isnan()]
-    if len(values) == 0:
-        raise ValueError(f"retrieval: no row has {wanted}")
-    return float(values.mean())
+    return torch.cat(found).double()
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> float:

@@ -17,6 +17,7 @@ from methods.metrics import average_precision, mean_average_precision
 
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)  # VISSL; the earlier benchmark: 1e-7 to 1e2
 FOLDS = 3  # same source, as all settings below
+RESAMPLES = 100  # of the bootstrap
 COST = 1.0  # where a class has too few positives to choose
 
 
@@ -31,7 +32,8 @@ def svm_map(
             absent in training and not at all in the test, as in the published code.
         costs: C to choose from; ties go to the first.
     Returns:
-        A record {protocol, metric, value, n, labelled, by_class, costs}: `by_class` has K values of AP in [0, 1],
+        A record {protocol, metric, value, low, high, n, labelled, by_class, costs}: `low` and `high` are a 95 %
+        bootstrap interval over the test rows, `by_class` has K values of AP in [0, 1],
         `costs` the K of C, both None for a class without a positive or a negative to learn from, or none to find.
     Raises:
         ValueError: shapes do not fit, a target is no such number, or no class has positives in both.
@@ -57,8 +59,21 @@ def svm_map(
         scores[:, number] = torch.from_numpy(_fit(features, present, cost).decision_function(asked))
         chosen.append(cost)
     value, by_class = mean_average_precision(scores, known)
-    return {"protocol": "svm", "metric": "mAP", "value": value, "n": len(test), "labelled": len(train),
-            "by_class": by_class, "costs": chosen}  # fmt: skip
+    low, high = _interval(scores, known)
+    return {"protocol": "svm", "metric": "mAP", "value": value, "low": low, "high": high, "n": len(test),
+            "labelled": len(train), "by_class": by_class, "costs": chosen}  # fmt: skip
+
+
+def _interval(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    """95 % percentile interval of the mean AP over resampled rows; those without any positive are drawn again."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[float] = []
+    while len(found) < RESAMPLES:
+        rows = torch.randint(len(scores), (len(scores),), generator=generator)
+        if (targets[rows] == 1).any():
+            found.append(mean_average_precision(scores[rows], targets[rows])[0])
+    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 def _fit(features: np.ndarray, present: np.ndarray, cost: float) -> LinearSVC:

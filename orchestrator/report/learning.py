@@ -216,16 +216,10 @@ def albums(run: RunFacts, judges: Sequence[Judged]) -> list[Album]:
         unsure = [_pseudo_label(row) for row in table.take(order[-few:]).to_pylist()[::-1]]
         found.append(Album(f"{name}: the {few} surest pseudo-labels of {len(table):,}", sure))
         found.append(Album(f"{name}: the {few} least sure", unsure))
-    for stage, scores in run.stored("Probe", Scores):
-        pictures = []
-        for row in scores.neighbours():
-            pictures.append(Wanted(row["query"]["id"], [f"? {row['query']['label']}"], row["query"]["path"]))
-            pictures += [
-                Wanted(near["id"], [("✓ " if near["label"] == row["query"]["label"] else "") + near["label"]], near["path"])
-                for near in row["nearest"]
-            ]  # fmt: skip
+    for probe, scores in run.stored("Probe", Scores):
+        pictures = [wanted for answer in scores.neighbours() for wanted in _neighbours(answer)]
         if pictures:
-            found.append(Album(f"{stage.name}: images marked ? with their nearest neighbours after them", pictures))
+            found.append(Album(f"{probe.name}: images marked ? with their nearest neighbours after them", pictures))
     if judges:
         judge, final = judges[0], judges[0].predictions[judges[0].final.key]
         wrong = sorted((~final.right).nonzero()[0].tolist(), key=lambda row: (-final.confidence[row], final.id[row]))
@@ -237,6 +231,15 @@ def albums(run: RunFacts, judges: Sequence[Judged]) -> list[Album]:
         if shown:
             few_of = f"{len(shown)} of {len(wrong):,}"
             found.append(Album(f"The final model's surest mistakes on test: label → predicted, {few_of}", shown))
+    return found
+
+
+def _neighbours(answer: Mapping[str, Any]) -> list[Wanted]:
+    query = answer["query"]
+    found = [Wanted(query["id"], [f"? {query['label']}"], query["path"])]
+    for near in answer["nearest"]:
+        mark = "✓ " if near["label"] == query["label"] else ""
+        found.append(Wanted(near["id"], [mark + near["label"]], near["path"]))
     return found
 
 

@@ -45,10 +45,12 @@ class Probe(Stage):
     Protocols: `knn`, the weighted vote of the nearest labelled images; `linear`, a linear classifier on the feature;
     `layers`, one on every tap of the encoder; `classifier`, the model's own head, where it tells the data's classes
     apart; `retrieval`, how many of an image's nearest neighbours are of its class; `clusters`, how well k-means with as
-    many clusters as classes finds the classes; `svm`, mean AP of a linear SVM a class, as on VOC07. Retrieval and clusters
-    learn nothing and are of `images`, or of `labelled` without them. Without `images` each labelled image is judged by the others: k-NN leaves the image itself out, linear
-    probes are cross-validated in five folds. A probe's weight decay is chosen on a part of `labelled`, never on
-    `images`. Images without a label are not used; every score says how many it rests on.
+    many clusters as classes finds the classes; `svm`, mean AP of a linear SVM a class, as on VOC07.
+
+    Retrieval and clusters learn nothing and are of `images`, or of `labelled` without them. Of the others, without
+    `images` each labelled image is judged by the others: k-NN leaves the image itself out, linear probes are
+    cross-validated in five folds. A probe's weight decay is chosen on a part of `labelled`, never on `images`. Images
+    without a label are not used; every score says how many it rests on.
     """
 
     protocols: tuple[Protocol, ...] = ("knn", "linear")
@@ -109,10 +111,10 @@ class Probe(Stage):
                 add(protocol, predicted.argmax(dim=1) == label, 0)
                 continue
             found = self._features(context, model, labelled, protocol)
-            asked = None if images is None else self._features(context, model, images, protocol)
+            other = None if images is None else self._features(context, model, images, protocol)
             for tap, train in found.items():
                 features, label = _known(train, labelled)
-                queries = None if asked is None or images is None else _known(asked[tap], images)
+                queries = None if other is None or images is None else _known(other[tap], images)
                 judge: Callable[..., Tensor] = self._knn if protocol == "knn" else self._linear
                 with context.compute():
                     right = judge(features, label, queries, classes)

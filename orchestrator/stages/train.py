@@ -220,12 +220,11 @@ class Fit:
         copies = torch.from_numpy(table["copies"].to_numpy().astype("int64"))
         rows = torch.arange(len(self.images)).repeat_interleave(copies)
         order = Order(len(rows), sizes["images"], seed * 2 + 1)
+        target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities().copy())[rows]
         if "unlabelled" in views:
-            target = torch.from_numpy(self.labels.probabilities().copy())[rows]
             found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))
         else:
             label = torch.from_numpy(table["class"].to_numpy().astype("int64"))[rows]
-            target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities().copy())[rows]
             found.append(Stream("labelled", self.images, order, label=label, target=target, rows=rows))
         return tuple(found)
 
