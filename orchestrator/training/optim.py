@@ -70,7 +70,11 @@ class Optim:
             group.pop("adapt", None)
         if self.name == "sgd":
             nesterov = self.nesterov and self.momentum > 0
-            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=nesterov, fused=True)
+            sgd = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=nesterov, fused=True)
+            if self.momentum:  # the fused step takes no weights that meet their first gradient later than others
+                for weight in trained:
+                    sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            return sgd
         if self.name == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr, fused=True)
         # decay 0.9 and epsilon 1e-3 as in the released EfficientNet and Noisy Student code

@@ -85,6 +85,34 @@ def test_the_encoder_may_learn_slower_than_the_head_and_every_weight_is_in_one_g
     assert len(Optim(name=name, lr=0.5).build(model).param_groups) == 2
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "rmsprop"])
+def test_weights_may_meet_their_first_gradient_after_others(name):
+    model = _Model()
+    optimizer = Optim(name=name, lr=0.1).build(model)
+    for part in ("encoder", "head", "encoder"):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in getattr(model, part).parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert moved == ([True, True, False, False] if part == "encoder" else [False, False, True, True])
+
+
+def test_sgd_starts_from_momentum_zero():
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    plain.load_state_dict(ours.state_dict())
+    first = Optim(lr=0.1, weight_decay=0.0).build(ours)
+    second = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for model, optimizer in ((ours, first), (plain, second)):
+            model(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.weight, plain.weight)
+
+
 def test_an_encoder_that_would_learn_backwards_is_refused():
     with pytest.raises(ValueError, match="encoder_lr = -1"):
         Optim(lr=0.1, encoder_lr=-1)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.context import Context, Interrupted
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
@@ -64,6 +65,37 @@ def test_images_without_labels_or_labels_without_images_are_refused(tmp_path):
         with pytest.raises(UserError) as caught:
             run(tmp_path, override)
         assert expected in " ".join(str(caught.value).split("\n")).replace("  missing", "  missing")
+
+
+STATEFUL = {
+    "bank": "{use: methods.pirl.PIRL, negative_count: 32, grid: 2, cell: 8, tile: 7}",
+    "prior": "{use: methods.colorization.Colorization}",
+    "turns": "{use: methods.multitask.MultiTask, rotation: {}, relative_patch: null}",
+    "permutations": "{use: methods.jigsaw.JigsawPlus}",
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_outside_the_optimiser_resumes_bit_equal(tmp_path, monkeypatch, name):
+    overrides = [f"stages.teacher.method={STATEFUL[name]}", "stages.teacher.inputs={images: unlabelled}"]
+    recipe = RECIPE[: RECIPE.index("  soft:")]
+    whole = execute(prepare(parse(recipe, overrides=overrides), tmp_path / "whole", label="whole"), use_ray=False)
+    original, seen = Context.progress, []
+
+    def stop_after_two(self, done, total, **figures):
+        seen.append(done)
+        if done == 2 and len(seen) == 2:
+            self.stop_file.touch()
+            self._stop_seen = (0.0, True)
+        original(self, done, total, **figures)
+
+    monkeypatch.setattr(Context, "progress", stop_after_two)
+    prepared = prepare(parse(recipe, overrides=overrides), tmp_path / "stopped", label="stopped")
+    with pytest.raises(Interrupted):
+        execute(prepared, use_ray=False)
+    resumed = execute(prepared, use_ray=False)
+    assert resumed.stages[0]["state"] == "resumed" and seen[-2:] == [3, 4]
+    assert resumed.stages[0]["digest"] == whole.stages[0]["digest"]
 
 
 def test_zero_steps_give_the_weights_as_drawn_with_statistics_of_clean_images(tmp_path):
