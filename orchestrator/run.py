@@ -265,6 +265,12 @@ def _result(prepared: Prepared, report_path: Path) -> RunResult:
 
 def _record_result(prepared: Prepared, result: RunResult, recorder: Recorder) -> None:
     recorder.artifact(PIPELINE, prepared.folder / "report.html", "report.html")
+    if result.comparison:
+        means = {
+            f"comparison.{s['arm']}": float(s["mean"]) for s in result.comparison["arms"]
+            if s["protocol"] == result.comparison["protocol"] and s["tap"] is None
+        }  # fmt: skip
+        recorder.metrics(PIPELINE, means, step=0)
     if result.verdict is None:
         return
     values = {f"verdict.{k}": float(result.verdict[k]) for k in ("baseline", "final", "gain", "low", "high")}
