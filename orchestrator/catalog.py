@@ -1,9 +1,13 @@
-"""Which methods and encoders there are: read off the classes and their configurations, nothing is registered."""
+"""Which methods and encoders there are: read off the classes and their configurations, nothing is registered.
+
+What is told about them lies in docs/methods, which the package holds as `method_pages`, checkout or not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.resources
 import inspect
 import pkgutil
 import re
@@ -13,6 +17,7 @@ import methods
 from methods.base import Method
 from methods.encoders import Encoder
 from orchestrator.component import to_plain
+from orchestrator.errors import UserError, nearest
 
 
 def components() -> list[dict[str, Any]]:
@@ -30,6 +35,42 @@ def components() -> list[dict[str, Any]]:
                     "source": doc.split("\n\n")[0].replace("\n", " "), "options": _options(cls.Config),
                 })  # fmt: skip
     return sorted(found, key=lambda c: (c["kind"] != "method", c["name"]))
+
+
+def pages() -> dict[str, str]:
+    """The pages: name to Markdown. A name is a module's in `methods`, or a composition's, which is stages and no class,
+    such as clusterfit."""
+    folder = importlib.resources.files("orchestrator") / "method_pages"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".md")), key=lambda f: f.name)
+    return {file.name.removesuffix(".md"): file.read_text(encoding="utf-8") for file in files}
+
+
+def compositions() -> list[dict[str, Any]]:
+    """As `components`, what has a page and no class: its `use` is empty, and its options are its stages'."""
+    modules = {component["use"].split(".")[1] for component in components()}
+    return [
+        {"name": name, "use": "", "kind": "composition", "source": text.split("\n\n")[1].replace("\n", " "), "options": []}
+        for name, text in pages().items() if name not in modules
+    ]  # fmt: skip
+
+
+def find(name: str) -> tuple[list[dict[str, Any]], str | None]:
+    """Components and compositions by class (SimCLR), module (simclr, methods.simclr), full path or page, in any case
+    and with hyphens for underscores; and the page where a method or a composition has one. Raises UserError."""
+    asked = name.lower().replace("-", "_")
+    everything = [*components(), *compositions()]
+    found, known = [], []
+    for component in everything:
+        module = component["use"].rpartition(".")[0]
+        names = [component["name"], component["use"], module, module.rpartition(".")[2]]
+        known += [one for one in names if one]
+        if asked in map(str.lower, filter(None, names)):
+            found.append(component)
+    if not found:
+        listed = [component["name"] for component in everything]
+        raise UserError(f"method {name}: unknown{nearest(name, known) or '; known are ' + ', '.join(listed)}")
+    first = found[0]
+    return found, pages().get(first["use"].rpartition(".")[0].rpartition(".")[2] or first["name"])
 
 
 def _options(config: type) -> list[dict[str, Any]]:

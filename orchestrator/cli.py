@@ -292,22 +292,24 @@ def recipes(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Only this method.")] = None, as_json: JsonOption = False
+    name: Annotated[
+        str | None, typer.Argument(help="The page of this one: a class (SimCLR), a module (simclr) or a full path.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """The methods and encoders a recipe may use, with paper, options and defaults."""
-    from orchestrator.catalog import components
+    """The methods and encoders a recipe may use, with paper, options and defaults; or one method's page."""
+    from orchestrator.catalog import components, compositions, find
 
-    found = components()
-    if name is not None:
-        found = [c for c in found if name.lower() in (c["name"].lower(), c["use"].lower())]
-        if not found:
-            names = [c["name"] for c in components()]
-            raise UserError(f"method {name}: unknown{nearest(name, names) or '; known are ' + ', '.join(names)}")
+    found, page = find(name) if name is not None else ([*components(), *compositions()], None)
     if as_json:
         _print_json(found)
         return
+    if page is not None:
+        print(page, end="")
+        return
     for component in found:
-        print(f"{component['name']}  ({component['kind']}; use: {component['use']})\n    {component['source']}")
+        how = f"use: {component['use']}" if component["use"] else f"see: orchestrator methods {component['name']}"
+        print(f"{component['name']}  ({component['kind']}; {how})\n    {component['source']}")
         for option in component["options"]:
             print(
                 f"    {option['name']}: {option['type']} = {option['default']}"

@@ -63,6 +63,29 @@ def to_plain(config: Any) -> Any:
     return config
 
 
+def chosen(config: Any) -> Any:
+    """As `to_plain`, without the fields that have their default: what enters a key.
+
+    So an option that is added later, off by default, leaves the answers of earlier runs valid. Whoever changes a default
+    raises the `version` of the stages that read it.
+    """
+    if isinstance(config, Component):
+        return {"use": config.use, **chosen(config.config)}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: chosen(v) for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != _default(f)}
+    if isinstance(config, dict):
+        return {str(key): chosen(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [chosen(value) for value in config]
+    return config
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default  # MISSING, which equals nothing, where there is none
+
+
 def resolve(path: str, bases: tuple[type, ...]) -> type[Any]:
     """The class at a full path such as methods.simclr.SimCLR. Raises ConfigError when it is none of `bases`."""
     module_name, _, name = path.rpartition(".")

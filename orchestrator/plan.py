@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.component import to_plain
+from orchestrator.component import chosen, to_plain
 from orchestrator.data.images import Images
 from orchestrator.data.splits import Data
 from orchestrator.recipe import Node, Recipe, Rounds, report
@@ -84,7 +84,8 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
                        for name, targets in sorted(node.inputs.items())},
             "classes": list(data.classes), "round": node.round,
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+        asked = {**question, "config": {**chosen(node.stage), **node.stage.resolved(wiring)}}
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
         planned[node.name] = Planned(node.name, node.stage, key, drawn_from, node.inputs, question,
                                      node.stage.work(wiring), node.round, node.group,
                                      node.stage.vocabulary(wiring))  # fmt: skip
