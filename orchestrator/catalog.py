@@ -49,7 +49,8 @@ def compositions() -> list[dict[str, Any]]:
     """As `components`, what has a page and no class: its `use` is empty, and its options are its stages'."""
     modules = {component["use"].split(".")[1] for component in components()}
     return [
-        {"name": name, "use": "", "kind": "composition", "source": text.split("\n\n")[1].replace("\n", " "), "options": []}
+        {"name": name, "use": "", "kind": "composition", "options": [],
+         "source": text.split("\n\n")[1].replace("\n", " ")}
         for name, text in pages().items() if name not in modules
     ]  # fmt: skip
 
