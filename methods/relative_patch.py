@@ -182,7 +182,7 @@ def coarsened(patches: Tensor, draws: Draws, *, chance: float, least: int) -> Te
     """Some patches (N, C, h, h) shrunk to a side drawn from least .. h - 1, and enlarged again."""
     which = draws.fork(0).chance(chance)
     table = _through(patches.shape[2], least, patches.device)
-    matrix = table[draws.fork(1).integers(1, len(table))[:, 0]]
+    matrix = table[draws.fork(1).integers(1, len(table))[:, 0]].to(patches.dtype)
     blurred = matrix[:, None] @ patches @ matrix.mT[:, None]
     return torch.where(which[:, None, None, None], blurred, patches)
 

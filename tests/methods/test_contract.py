@@ -1,56 +1,12 @@
 """What every method owes: found in `methods`, checked one by one, nothing to register."""
 
 import copy
-import importlib
-import inspect
-import pkgutil
 
 import pytest
 import torch
 
-import methods
-from methods.base import Method
-from methods.encoders import SmallCNN, SmallCNNConfig
 from methods.views.draws import Draws
-
-CLASSES, PIXELS, BATCH = 3, 16, 4
-
-
-def every_method():
-    for info in pkgutil.iter_modules(methods.__path__):
-        module = importlib.import_module(f"methods.{info.name}")
-        for cls in vars(module).values():
-            if (
-                inspect.isclass(cls)
-                and issubclass(cls, Method)
-                and not inspect.isabstract(cls)
-                and cls.__module__ == module.__name__
-            ):
-                yield cls
-
-
-METHODS = list(every_method())
-
-
-def build(cls, norm="batch"):
-    torch.manual_seed(0)
-    return cls(SmallCNN(SmallCNNConfig(width=0.25, norm=norm)), cls.Config(), classes=CLASSES, images=BATCH)
-
-
-def batch_of(method, seed=0, rows=BATCH):
-    rng = torch.Generator().manual_seed(seed)
-    images = {
-        s: torch.randint(256, (rows, 3, PIXELS, PIXELS), generator=rng, dtype=torch.uint8)
-        for s in ("labelled", "unlabelled")
-    }
-    index = torch.arange(rows)
-    batch = {f"{name}.index": index for name in images}
-    batch |= {f"{name}.key": Draws.of(seed, 0, index, -1).key for name in images}
-    for number, view in enumerate(method.views(PIXELS)):
-        batch[view.name] = view.transform(images[view.stream], Draws.of(seed, 0, index, number))
-    batch["label"] = torch.arange(rows) % CLASSES
-    batch["target"] = torch.randn(rows, CLASSES, generator=rng).softmax(dim=1)
-    return batch
+from tests.methods.contract import METHODS, PIXELS, batch_of, build, steps
 
 
 def step(method, seed=1):
@@ -73,7 +29,7 @@ class TestContract:
 
     def test_every_trained_weight_gets_a_finite_gradient(self, cls):
         method = build(cls)
-        for number in range(4 if cls.skips_weights else 1):  # some weights have their turn in a later step
+        for number in range(steps(cls)):  # some weights have their turn in a later step
             method(batch_of(method, number), 0.0)["loss"].backward()
             method.on_step_end(0.0)
         for name, parameter in method.named_parameters():

@@ -6,78 +6,105 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from methods.bank import MemoryBank
 from methods.collectives import all_gather
-from methods.encoders import SmallCNN, SmallCNNConfig
-from methods.noisy_student import NoisyStudent, NoisyStudentConfig
-from methods.simclr import SimCLR, SimCLRConfig
-from methods.views.draws import Draws
+from methods.jigsaw import JigsawPlus
+from tests.methods.contract import METHODS, double, double_batch, pictures, steps
 
 ROWS, WORKERS = 8, 2
+SHARE = ROWS // WORKERS
+# these also compare their banks over several steps, in test_bank.py, or their draws, in test_patch_contrast.py
+ELSEWHERE = {"PIRL", "InstanceDiscrimination", "NearbyPatches", "PredictivePatches"}
+COMPARED = [cls for cls in METHODS if cls.__name__ not in ELSEWHERE]
 
 
-def build(name):
-    """Double precision, group norm (each worker has its own batch statistics otherwise), and no dropout."""
-    torch.manual_seed(0)
-    encoder = SmallCNN(SmallCNNConfig(width=0.25, norm="group"))
-    if name == "simclr":
-        method = SimCLR(encoder, SimCLRConfig(), classes=0, images=0)
-        method.projector[1] = torch.nn.Identity()
-    else:
-        method = NoisyStudent(encoder, NoisyStudentConfig(dropout=0.0), classes=3, images=0)
-    return method.double()
+def images():
+    """Noise, of which the first worker's share has a grey image: colorization leaves it out."""
+    found = pictures(rows=ROWS)
+    found["unlabelled"][1] = found["unlabelled"][1, :1].clone()
+    return found
 
 
-def batch_of(method, rows):
-    rng = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (ROWS, 3, 16, 16), generator=rng, dtype=torch.uint8)
-    index = torch.arange(ROWS)
-    batch = {
-        v.name: v.transform(images, Draws.of(0, 0, index, n))[rows].double() for n, v in enumerate(method.views(16))
-    }
-    return {**batch, "label": index[rows] % 3, "target": torch.randn(ROWS, 3, generator=rng).softmax(1)[rows].double()}
+def method_of(cls):
+    """Group norm everywhere: on a CPU each worker has its own statistics of batch norm."""
+    method = double(cls, norm="group", images=ROWS)
+    method.on_start(images()["unlabelled"].double() / 255)
+    return method
 
 
-def worker(rank, name, rendezvous, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
-    method = build(name)
-    share = ROWS // WORKERS
-    model = DistributedDataParallel(method)  # kept: its hooks live as long as it does
-    loss = model(batch_of(method, slice(rank * share, (rank + 1) * share)), 0.0)["loss"]
-    loss.backward()
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    if rank == 0:
-        torch.save({"loss": mean / WORKERS, "gradients": [p.grad for p in method.parameters()]}, results)
-    dist.destroy_process_group()
+def share_of(method, rows=slice(None), seed=0):
+    return {name: value[rows] for name, value in double_batch(method, seed, images()).items()}
 
 
-@pytest.mark.parametrize("name", ["simclr", "noisy_student"])
-def test_two_workers_give_one_processs_loss_and_gradient(name, tmp_path):
-    mp.spawn(worker, (name, tmp_path / "rendezvous", tmp_path / "results.pt"), nprocs=WORKERS)
-    found = torch.load(tmp_path / "results.pt", weights_only=True)
-    method = build(name)
-    loss = method(batch_of(method, slice(None)), 0.0)["loss"]
-    loss.backward()
-    assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
-    for ours, theirs in zip(method.parameters(), found["gradients"], strict=True):
-        torch.testing.assert_close(ours.grad, theirs, atol=1e-6, rtol=1e-6)
+def train(method, model, rows=slice(None)):
+    """Loss and gradients of each step that it takes until every weight had a gradient."""
+    found = []
+    for number in range(steps(type(method))):
+        method.zero_grad()
+        loss = model(share_of(method, rows, number), 0.0)["loss"]
+        loss.backward()
+        method.on_step_end(0.0)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in method.parameters()]
+        found.append({"loss": loss.detach(), "gradients": gradients})
+    return found
 
 
-def column_major_worker(rank, rendezvous, results):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
+def gather_column_major(rank):
     rows = torch.full((2, 3), float(rank + 1), requires_grad=True)
     gathered = all_gather(rows)
     weight = torch.arange(12.0).reshape(3, 4).T  # column-major, and so is the gradient that comes back
     gathered.backward(weight)
-    if rank == 1:
-        torch.save({"gathered": gathered.detach(), "gradient": rows.grad}, results)
+    return {"gathered": gathered.detach(), "gradient": rows.grad}
+
+
+def worker(rank, rendezvous, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORKERS)
+    found = {"column-major": gather_column_major(rank)}
+    for cls in COMPARED:
+        method = method_of(cls)
+        banks = [f"{name}.rows" for name, module in method.named_modules() if isinstance(module, MemoryBank)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, banks)
+        model = DistributedDataParallel(method, find_unused_parameters=cls.skips_weights)  # as `cluster.fit` has it
+        found[cls.__name__] = train(method, model, slice(rank * SHARE, (rank + 1) * SHARE))
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_gathering_sums_the_gradients_of_all_workers_in_any_memory_layout(tmp_path):
-    mp.spawn(column_major_worker, (tmp_path / "rendezvous", tmp_path / "results.pt"), nprocs=WORKERS)
-    found = torch.load(tmp_path / "results.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """What each of two workers found; starting them takes longer than all they do, so they are started once."""
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(worker, (folder / "rendezvous", folder), nprocs=WORKERS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORKERS)]
+
+
+def mean_of_shares(method):
+    """One process that takes each worker's images on their own."""
+    parts = [share_of(method, slice(rank * SHARE, (rank + 1) * SHARE)) for rank in range(WORKERS)]
+    method.zero_grad()
+    loss = sum(method(part, 0.0)["loss"] for part in parts) / WORKERS
+    loss.backward()
+    return [{"loss": loss.detach(), "gradients": [p.grad for p in method.parameters()]}]
+
+
+@pytest.mark.parametrize("cls", COMPARED, ids=lambda cls: cls.__name__)
+def test_two_workers_give_one_processs_loss_and_gradient(cls, workers):
+    method = method_of(cls)
+    # jigsaw++ takes strangers' tiles from the next image, of the worker's own: the last one's is another in one process
+    alone = mean_of_shares(method) if cls is JigsawPlus else train(method, method)
+    first, second = (found[cls.__name__] for found in workers)
+    for ours, here, there in zip(alone, first, second, strict=True):
+        assert ours["loss"].dtype == torch.float64
+        torch.testing.assert_close((here["loss"] + there["loss"]) / WORKERS, ours["loss"], atol=1e-6, rtol=0)
+        assert any(gradient.any() for gradient in ours["gradients"])
+        for expected, one, other in zip(ours["gradients"], here["gradients"], there["gradients"], strict=True):
+            torch.testing.assert_close(one, expected, atol=1e-6, rtol=1e-6)
+            assert torch.equal(one, other)
+
+
+def test_gathering_sums_the_gradients_of_all_workers_in_any_memory_layout(workers):
+    found = workers[1]["column-major"]
     assert found["gathered"].tolist() == [[1.0] * 3] * 2 + [[2.0] * 3] * 2
     assert torch.equal(found["gradient"], 2 * torch.arange(12.0).reshape(3, 4).T[2:])
 

@@ -2,12 +2,13 @@
 
 A test writes a moment into the file `at` of the folder that HALT_FOLDER names. Every process that comes to it leaves
 `reached-PID` and waits until the file says something else. Moments are "CLASS PROGRESS" after a training step, such as
-"SimCLR 0.50", "labelling" in a classifier's forward pass without gradients, and "before commit STAGE ROUND" and
-"after commit STAGE ROUND", such as "after commit Gate 0".
+"SimCLR 0.50", "labelling" in a classifier's forward pass without gradients, "k-means N" in the Nth of a process's
+iterations of k-means, and "before commit STAGE ROUND" and "after commit STAGE ROUND", such as "after commit Gate 0".
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
+import methods.clustering
 import methods.noisy_student
+import methods.pirl
 import methods.simclr
 import methods.supervised
 from orchestrator.artifacts import Artifact
@@ -48,6 +51,14 @@ class SimCLR(methods.simclr.SimCLR):
         moment(f"SimCLR {progress:.2f}")
 
 
+class PIRL(methods.pirl.PIRL):
+    """PIRL that may wait after a step, when its bank holds what no checkpoint does."""
+
+    def on_step_end(self, progress: float) -> None:
+        super().on_step_end(progress)
+        moment(f"PIRL {progress:.2f}")
+
+
 class Supervised(methods.supervised.Supervised):
     """Supervised training that may wait after a step, and in labelling."""
 
@@ -77,6 +88,13 @@ def _waiting_commit(self: Store, key: str, artifact: Artifact, manifest: dict[st
     return kept
 
 
-_commit = Store.commit
+def _waiting_sums(self: methods.clustering._Points, label: Tensor, clusters: int) -> Tensor:
+    found = _sums(self, label, clusters)
+    moment(f"k-means {next(_iteration)}")
+    return found
+
+
+_commit, _sums, _iteration = Store.commit, methods.clustering._Points.sums, itertools.count(1)
 if FOLDER is not None:
     Store.commit = _waiting_commit  # type: ignore[method-assign]
+    methods.clustering._Points.sums = _waiting_sums  # type: ignore[method-assign]

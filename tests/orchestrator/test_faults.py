@@ -33,7 +33,7 @@ pytestmark = [
 ]
 DEADLINE = 240.0  # seconds for anything that will come; a loaded machine needs many to start Ray
 ROOT = Path(__file__).parents[2]
-METHODS = (("simclr", "SimCLR"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"))
+METHODS = (("simclr", "SimCLR"), ("pirl", "PIRL"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"))
 HALTING = {f"methods.{module}.{name}": f"tests.orchestrator.halting.{name}" for module, name in METHODS}
 
 
@@ -76,6 +76,29 @@ stages:
         inputs: {labelled: labelled, images: unlabelled, labels: pseudo}
         method: {use: methods.noisy_student.NoisyStudent}
 """).replace("save_seconds: 0}", "save_seconds: 0, workers: 2}")
+
+
+CLUSTERS = waiting("""
+name: clusters-of-pirl
+data:
+  pixels: 16
+  images: {from: digits/train, labels: false}
+resources: {threads: 1}
+stages:
+  pretrain: &pretrain
+    use: orchestrator.stages.train.Train
+    inputs: {images: images}
+    encoder: {use: methods.encoders.SmallCNN, width: 0.25}
+    method: {use: methods.pirl.PIRL, flip: false}
+    optim: {lr: 0.05}
+    steps: 8
+    batch: 16
+  clusters: {use: orchestrator.stages.cluster.Cluster, inputs: {teacher: pretrain, images: images}, clusters: 12}
+  student:
+    <<: *pretrain
+    inputs: {images: images, labels: clusters}
+    method: {use: methods.supervised.Supervised}
+""")
 
 
 class Driver:
@@ -235,15 +258,23 @@ def store(tmp_path):
     return tmp_path / "größe und raum 店"
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Digests and ledger of the same recipe, run in this process without a fault."""
-    root = tmp_path_factory.mktemp("unbroken") / "store"
+def run_unbroken(recipe, root):
+    """Digests and ledger of a recipe that is run in this process without a fault."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.run.Sender.start", lambda self: None)
         patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        result = execute(prepare(parse(WAITING), root, label="small"), use_ray=False)
+        result = execute(prepare(parse(recipe), root, label="small"), use_ray=False)
     return digests(result.json()), ledger(root, result.json())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return run_unbroken(WAITING, tmp_path_factory.mktemp("unbroken") / "store")
+
+
+@pytest.fixture(scope="module")
+def unbroken_clusters(tmp_path_factory):
+    return run_unbroken(CLUSTERS, tmp_path_factory.mktemp("clusters") / "store")
 
 
 def digests(result):
@@ -297,6 +328,25 @@ def test_a_driver_killed_goes_on_in_a_renamed_store(driver, store, unbroken, mom
     result = driver(store=moved).result()
     assert states(result)[stage] == state
     assert_went_on(result, moved, before, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "stage", "state"), [
+    pytest.param("PIRL 0.50", "pretrain", "resumed", id="after a bank's update, before the checkpoint"),
+    pytest.param("k-means 3", "clusters", "ran", id="in the third iteration of k-means"),
+])  # fmt: skip
+def test_a_driver_killed_leaves_no_trace_in_a_bank_or_in_clusters(
+    driver, store, unbroken_clusters, moment, stage, state
+):
+    first = driver(CLUSTERS, store=store, halt=moment)
+    first.reached()
+    first.kill()
+    first.gone()
+    before = finished(store)
+    assert len(before) == ["pretrain", "clusters"].index(stage)
+    result = driver(CLUSTERS, store=store).result()
+    assert states(result)[stage] == state
+    assert_went_on(result, store, before, unbroken_clusters)
 
 
 @pytest.mark.slow
