@@ -85,7 +85,7 @@ class NearbyPatches(Method):
         every = all_gather(patches)
         chosen = draw_patches(all_gather(draws.key[:1])[:1], len(every) * c.grid**2, c.negative_count)
         loss = nearby_loss(
-            patches, every.flatten(0, 1)[chosen], positive=positive, far=distance >= c.far,
+            patches, every.flatten(0, 1).index_select(0, chosen), positive=positive, far=distance >= c.far,
             image=chosen // c.grid**2, first=own_rows(len(patches)).start, temperature=c.temperature,
         )  # fmt: skip
         return {"loss": loss, "mean_cosine": mean_cosine(patches.flatten(0, 1))}
@@ -202,7 +202,10 @@ class PredictivePatches(Method):
         every = all_gather(rows)
         chosen = draw_patches(all_gather(draws.key[:1])[:1], len(every), c.negative_count)
         loss = predictive_loss(
-            predicted, rows[target], every[chosen], itself=chosen == (target + own_rows(len(rows)).start)[:, None]
+            predicted,
+            rows.index_select(0, target),
+            every.index_select(0, chosen),
+            itself=chosen == (target + own_rows(len(rows)).start)[:, None],
         )
         return {"loss": loss, "mean_cosine": mean_cosine(rows)}
 

@@ -66,7 +66,7 @@ def to_plain(config: Any) -> Any:
 def chosen(config: Any) -> Any:
     """As `to_plain`, without the fields that have their default: what enters a key.
 
-    So an option that is added later, off by default, leaves the answers of earlier runs valid. Whoever changes a default
+    So an option that is added later leaves the answers of earlier runs valid. Whoever changes a default
     raises the `version` of the stages that read it.
     """
     if isinstance(config, Component):

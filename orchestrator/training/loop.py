@@ -77,6 +77,16 @@ def make_batch(
 
 
 @functools.cache
+def add_in_order() -> None:
+    """Makes this process sum gradients in one order, so that a training run twice ends in the same bits.
+
+    Among others the gradient of `rows[index]` is otherwise added up by all threads at once on a CPU.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # some operations have no such form on a GPU
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, finds faults
+
+
+@functools.cache
 def keep_freed_memory() -> None:
     """Makes this process keep freed memory for its next allocation, which every training step on a CPU asks for again.
 
@@ -108,6 +118,7 @@ def train_steps(
         part, parts: this worker among all; each takes its part of every batch.
     """
     device = next(method.parameters()).device
+    add_in_order()
     if device.type == "cpu":
         keep_freed_memory()
     views = method.views(pixels)
