@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,7 +23,16 @@ from methods.views.draws import Draws
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's greyscale weights
 _ORDERS = tuple(itertools.permutations(range(4)))
-_TENTS = ((3.0, 2.0, 4.0), (1.0, -1.0, -1.0), (-1.0, 2.0, 2.0))  # offset + sign · |hue - centre|, a column a channel
+_SORTED = tuple(sorted(_ORDERS, key=lambda order: (order.index(HUE), order.index(SATURATION))))
+_DIGITS = (64, 16, 4, 1)  # an order as a number below 256
+_NUMBERS = tuple(sum(map(operator.mul, order, _DIGITS)) for order in _SORTED)
+_PLACES = tuple(_NUMBERS.index(number) if number in _NUMBERS else 0 for number in range(256))  # of it in _SORTED
+_TENTS = (
+    (3, 1, 1),
+    (2, -2, -1),
+    (4, -2, -1),
+)  # sign · |hue - centre| - least, a channel each; red's is a valley
+_TINY = 1e-12  # a chroma of grey to divide by, far below a float's step at any other
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
@@ -65,34 +76,60 @@ def random_jitter(
 def jitter_exact_(images: Tensor, jitter: Jitter) -> Tensor:
     """Distorts the colours in place, within 1e-5 of torchvision's operations on the same factors and order.
 
-    Samples are sorted by the place of the hue in their order, so that each group is a few passes over contiguous
-    memory: brightness, contrast and saturation are all x → clamp(M x + t) and need no groups of their own.
+    Samples are sorted by order, those with the hue at the same place together: its many passes run over whole chunks,
+    and what only one operation needs, a mean or a grey, over its own stretch of them.
 
     Args:
         images: (B, 3, H, W) float32 in [0, 1], contiguous.
     Returns:
         images.
     """
-    flat = images.view(len(images), 3, -1)
-    matrix, towards_mean = _blends(jitter)
-    hue_place = (jitter.order == HUE).to(torch.uint8).argmax(dim=1)
-    rows, bounds = grouped(torch.where(jitter.jittered, hue_place, 4), 5)
-    luma = constant(LUMA, images.device)
-    for place in range(4):
-        for part in chunks(bounds[place], bounds[place + 1], flat[0].numel(), images.device):
-            row = rows[part]
-            x = flat.index_select(0, row)
-            turn, m, k = jitter.factor[row, HUE], matrix[row], towards_mean[row]
+    flat = images.view(3 * len(images), -1)
+    factor = jitter.factor.gather(1, jitter.order)
+    number = (jitter.order * constant(_DIGITS, images.device)).sum(dim=1)
+    place = constant(_PLACES, images.device)[number].masked_fill(~jitter.jittered, len(_SORTED))
+    rows, bounds = grouped(place, len(_SORTED) + 1)
+    channel = torch.arange(3, device=images.device)[:, None]
+    for first in range(0, len(_SORTED), 6):  # six orders have the hue at the same place
+        for part in chunks(bounds[first], bounds[first + 6], flat.shape[1], images.device):  # planes fit the cache
+            index = (3 * rows[part] + channel).flatten()  # all reds, all greens, all blues: planes are passed over fast
+            x = flat.index_select(0, index).unflatten(0, (3, -1))
+            factors = factor[rows[part]]
+            rests = 1 - factors
             for step in range(4):
-                if step == place:
-                    x = turn_hue(x, turn)
-                else:
-                    offset = (x.mean(dim=2) @ luma) * k[:, step]
-                    x = torch.baddbmm(offset[:, None, None], m[:, step], x).clamp_(0, 1)
-            flat.index_copy_(0, row, x)
+                if _SORTED[first][step] == HUE:
+                    turn_hue_(x, factors[:, step])
+                    continue
+                bases = []
+                for operation, stretch in _stretches(bounds, first, step, part):
+                    if operation != BRIGHTNESS:  # towards black, which adds nothing
+                        of = x[:, stretch] if operation == SATURATION else x[:, stretch].mean(dim=2, keepdim=True)
+                        bases.append((stretch, _grey(of).mul_(rests[stretch, step, None])))
+                x.mul_(factors[:, step, None])
+                for stretch, base in bases:
+                    x[:, stretch].add_(base)
+                x.clamp_(0, 1)
+            flat.index_copy_(0, index, x.flatten(0, 1))
     grey = jitter.grey.nonzero()[:, 0]
-    flat.index_copy_(0, grey, (luma @ flat.index_select(0, grey))[:, None].expand(-1, 3, -1))
+    index = 3 * grey + channel
+    luma = torch.stack([flat.index_select(0, index[c]) for c in range(3)])
+    flat.index_copy_(0, index.flatten(), _grey(luma).expand(3, -1, -1).flatten(0, 1))
     return images
+
+
+def _stretches(bounds: list[int], first: int, step: int, part: slice) -> Iterator[tuple[int, slice]]:
+    """What is done in a step of the orders first .. first + 5 to which rows, counted from part.start."""
+    for operation, codes in itertools.groupby(range(first, first + 6), lambda code: _SORTED[code][step]):
+        number = list(codes)
+        begin, end = max(bounds[number[0]], part.start), min(bounds[number[-1] + 1], part.stop)
+        if begin < end:
+            yield operation, slice(begin - part.start, end - part.start)
+
+
+def _grey(x: Tensor) -> Tensor:
+    """(3, B, N) to (B, N)."""
+    red, green, blue = x.unbind()
+    return (LUMA[0] * red).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def jitter_linear_(images: Tensor, jitter: Jitter) -> Tensor:
@@ -126,37 +163,29 @@ def _turn_parts(device: torch.device) -> Tensor:
     return torch.stack([keep, cos, sin]).flatten(1).to(device)
 
 
-def _blends(jitter: Jitter) -> tuple[Tensor, Tensor]:
-    """Brightness, contrast and saturation as x → M x + k · (mean grey): M (B, 4, 3, 3) and k (B, 4), by step.
-
-    All three blend with factor f: f x + (1 - f) base, with base black, the mean grey, or the pixel's grey.
-    """
-    factor = jitter.factor.gather(1, jitter.order)
-    rest = 1 - factor
-    identity, grey = torch.eye(3, device=factor.device), constant(LUMA, factor.device).expand(3, 3)
-    matrix = factor[:, :, None, None] * identity + (rest * (jitter.order == SATURATION))[:, :, None, None] * grey
-    return matrix, rest * (jitter.order == CONTRAST)
-
-
-def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue of HSV, keeping value and saturation.
+def turn_hue_(pixels: Tensor, turn: Tensor) -> Tensor:
+    """Turns the hue of HSV in place, keeping value and saturation.
 
     A colour with least component m and chroma c is m + c (r, g, b), where one of r, g, b is 1 and another 0. On that
     hexagon its distance from red is 1 + g + b - r sixths of a turn, on the side of the greater of g and b; and the way
     back is m + c · tent(hue), with tents of width 4 around red 0, green 2 and blue 4. No case is needed either way.
 
     Args:
-        pixels: (B, 3, N) float32 in [0, 1].
+        pixels: (3, B, N) float32 in [0, 1], red, green, blue.
         turn: (B,) full turns, in [-0.5, 0.5].
     Returns:
-        (B, 3, N) float32; a turn of 1/3 takes red to green.
+        pixels; a turn of 1/3 takes red to green.
     """
-    red, green, blue = pixels.unbind(dim=1)
+    red, green, blue = pixels.unbind()
     low = torch.minimum(red, green).clamp_(max=blue)
-    chroma = torch.maximum(red, green).clamp_(min=blue).sub_(low)
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1)
-    hue.copysign_(green - blue).add_((6 * turn)[:, None])
-    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6]
-    centre, sign, offset = constant(_TENTS, pixels.device)[:, :, None]  # red's, around 0 and 6, is a valley around 3
-    tent = torch.addcmul(offset, (hue[:, None] - centre).abs_(), sign).clamp_(0, 1)
-    return torch.addcmul(low[:, None], tent, chroma[:, None])
+    chroma = torch.maximum(red, green).clamp_(min=blue).sub_(low).add_(_TINY)
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma).add_(1)
+    hue.copysign_(green.sub_(blue)).add_((6 * turn)[:, None])
+    hue.sub_(torch.floor(hue / 6), alpha=6)  # in [0, 6]
+    for channel, (centre, least, sign) in zip(pixels, _TENTS, strict=True):
+        torch.sub(hue, centre, out=channel)
+        channel.abs_()
+        if sign < 0:
+            channel.neg_()
+        channel.sub_(least).clamp_(0, 1).mul_(chroma).add_(low)
+    return pixels

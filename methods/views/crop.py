@@ -9,6 +9,7 @@ crop's edge and does not average where it shrinks.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,10 +92,17 @@ class Triangles:
         half = (length / pixels).clamp(min=1)
         return Triangles(position.masked_fill(outside, torch.inf) / half, centre / half)
 
-    def weights(self, rows: slice) -> Tensor:
-        """(rows, pixels, source) float32 weights; each output pixel's sum to 1."""
-        weights = 1 - (self.position[rows, None] - self.centre[rows, :, None]).abs_()
-        weights.clamp_(min=0)
+    def weights(self, rows: Tensor, first: Tensor, count: int) -> Tensor:
+        """Each output pixel's weights, which sum to 1, of a part of the source that holds the stretch.
+
+        Args:
+            rows: (N,) int64, the samples.
+            first: (N,) int64, the part's first source pixel.
+        Returns:
+            (N, pixels, count) float32.
+        """
+        position = stretches(self.position.flatten(), rows * self.position.shape[1] + first, count)
+        weights = (position[:, None] - self.centre[rows, :, None]).abs_().sub_(1).clamp_(max=0)
         return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
@@ -142,21 +150,39 @@ def crop_resize(
         (B, 3, pixels, pixels) float32 in [0, 1].
     """
     count, _, height, width = images.shape
+    device = images.device
     down = Triangles.of(boxes.top, boxes.height, height, pixels)
     across = Triangles.of(boxes.left, boxes.width, width, pixels, mirror)
-    out = torch.empty(count, 3, pixels, pixels, device=images.device)
-    for part in chunks(0, count, 3 * max(height, pixels) * max(width, pixels), images.device):
-        vertical, horizontal = down.weights(part), across.weights(part)
-        if sigma is not None:
-            blurred = (sigma[part] > 0).nonzero()[:, 0]
-            blur = blur_weights(sigma[part][blurred], pixels)
-            vertical[blurred] = blur @ vertical[blurred]
-            horizontal[blurred] = blur @ horizontal[blurred]
-        vertical.div_(255)  # 0 .. 255 to [0, 1], in the smallest factor
-        rows = images[part].to(torch.float32).flatten(1, 2)
-        rows = torch.bmm(rows, horizontal.transpose(1, 2)).unflatten(1, (3, height))
-        torch.matmul(vertical[:, None], rows, out=out[part]).clamp_(0, 1)  # weights sum to 1 only up to rounding
+    # sharp ones first, then by height, so that a chunk's products run over little more than its boxes
+    key = boxes.height if sigma is None else boxes.height + (height + 1) * (sigma > 0)
+    key, order = key.sort()
+    tall, wide = torch.stack([boxes.height, boxes.width])[:, order].int().tolist()
+    sharp = count if sigma is None else bisect.bisect(key.tolist(), height)
+    out = torch.empty(count, 3, pixels, pixels, device=device)
+    source = images.flatten()
+    elements = 3 * max(height, pixels) * max(width, pixels)
+    for begin, end in ((0, sharp), (sharp, count)):
+        for part in chunks(begin, end, elements, device):
+            row, tallest, widest = order[part], max(tall[part]), max(wide[part])
+            top = boxes.top[row].long().clamp_(max=height - tallest)
+            left = boxes.left[row].long().clamp_(max=width - widest)
+            vertical, horizontal = down.weights(row, top, tallest), across.weights(row, left, widest)
+            if sigma is not None and begin == sharp:
+                kernel = blur_weights(sigma[row], pixels)
+                vertical, horizontal = kernel @ vertical, kernel @ horizontal
+            vertical.div_(255)  # 0 .. 255 to [0, 1], in the smallest factor
+            line = 3 * row[:, None] + torch.arange(3, device=device)
+            line = (line * height + top[:, None])[..., None] + torch.arange(tallest, device=device)
+            box = stretches(source, (line * width + left[:, None, None]).flatten(), widest)
+            rows = torch.bmm(box.to(torch.float32).view(len(row), -1, widest), horizontal.transpose(1, 2))
+            view = torch.matmul(vertical[:, None], rows.unflatten(1, (3, tallest)))
+            out.index_copy_(0, row, view.clamp_(0, 1))  # weights sum to 1 only up to rounding
     return out
+
+
+def stretches(line: Tensor, start: Tensor, length: int) -> Tensor:
+    """Of a line (M,) the stretches from `start` (N,) int64 on: (N, length). They are copied whole, unlike by gather."""
+    return line.unfold(0, length, 1).index_select(0, start)
 
 
 def pad_crop(images: Tensor, draws: Draws, *, padding: int, flip: bool) -> Tensor:

@@ -19,7 +19,7 @@ from methods.views.colour import (
     jitter_exact_,
     jitter_linear_,
     random_jitter,
-    turn_hue,
+    turn_hue_,
 )
 from methods.views.draws import Draws
 
@@ -71,13 +71,14 @@ def test_hue_turns_as_torchvisions_on_a_grid_of_all_colours(turn):
     levels = torch.linspace(0, 1, 12)
     colours = torch.cartesian_prod(levels, levels, levels).T[None]  # (1, 3, 1728), edges and greys included
     expected = F.adjust_hue(colours[..., None], turn)[..., 0]
-    torch.testing.assert_close(turn_hue(colours, torch.tensor([turn])), expected, atol=1e-5, rtol=0)
+    turned = turn_hue_(colours.transpose(0, 1).clone(), torch.tensor([turn])).transpose(0, 1)
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
 
 
 def test_a_third_of_a_turn_takes_red_to_green_and_leaves_grey():
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.3, 0.3, 0.3]]).T[None]
-    expected = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0], [0.3, 0.3, 0.3]]).T[None]
-    torch.testing.assert_close(turn_hue(colours, torch.tensor([1 / 3])), expected, atol=1e-6, rtol=0)
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.3, 0.3, 0.3]]).T[:, None]
+    expected = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0], [0.3, 0.3, 0.3]]).T[:, None]
+    torch.testing.assert_close(turn_hue_(colours, torch.tensor([1 / 3])), expected, atol=1e-6, rtol=0)
 
 
 def test_factors_have_color_jitters_range_and_orders_are_equally_frequent():

@@ -107,7 +107,7 @@ def test_resize_weights_sum_to_one_and_stay_in_the_stretch(source, pixels, data)
     length = data.draw(st.integers(1, source))
     start = data.draw(st.integers(0, source - length))
     triangles = Triangles.of(torch.tensor([float(start)]), torch.tensor([float(length)]), source, pixels)
-    weights = triangles.weights(slice(None))[0]
+    weights = triangles.weights(torch.tensor([0]), torch.tensor([0]), source)[0]
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(pixels))
     assert weights.min() >= 0 and not weights[:, :start].any() and not weights[:, start + length :].any()
 
@@ -171,3 +171,15 @@ def test_a_box_of_the_whole_image_at_its_own_size_is_the_image():
     images = batch(2, 9, 9)
     whole, zero = torch.full((2,), 9.0), torch.zeros(2)
     torch.testing.assert_close(crop_resize(images, Boxes(zero, zero, whole, whole), 9), images / 255)
+
+
+def test_a_box_next_to_taller_and_wider_ones_reads_nothing_outside_itself():
+    """In a chunk all boxes are cut as large as the largest; what is too much has to count for nothing."""
+    images = torch.full((4, 3, 40, 40), 255, dtype=torch.uint8)
+    corners = [(0, 0, 7, 9), (33, 31, 7, 9), (12, 5, 9, 7), (0, 0, 40, 40)]
+    for image, (top, left, height, width) in zip(images, corners, strict=True):
+        image[:, top : top + height, left : left + width] = 100
+    boxes = Boxes(*torch.tensor(corners, dtype=torch.float32).T)
+    for sigma in (None, torch.tensor([0.0, 1.0, 0.0, 1.0])):
+        views = crop_resize(images, boxes, 24, sigma=sigma)
+        torch.testing.assert_close(views, torch.full_like(views, 100 / 255), atol=1e-6, rtol=0)
