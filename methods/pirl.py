@@ -23,7 +23,7 @@ from methods.views.colour import jitter_exact_, jitter_linear_, random_jitter
 from methods.views.crop import crop_resize, random_boxes
 from methods.views.draws import Draws
 from methods.views.simclr import simclr_augment
-from methods.views.tiles import cut_tiles
+from methods.views.tiles import cut_tiles, turn
 
 NEGATIVES, TURN, CUT, ORDER, COLOUR = range(5)  # streams of an image's draws
 
@@ -158,12 +158,6 @@ class TilesHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.all(rearrange(self.each(features), "(b t) d -> b (t d)", t=self.tiles))
-
-
-def turn(images: Tensor, quarters: Tensor) -> Tensor:
-    """Each image (B, 3, H, H) turned to the left by its `quarters` (B,) int64, 0 .. 3, of a full turn, exactly."""
-    turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
-    return turned[quarters, torch.arange(len(images), device=images.device)]
 
 
 def random_crop(pixels: int, *, min_area: float, flip: bool) -> Transform:

@@ -14,6 +14,7 @@ from methods.encoders import Encoder
 from methods.losses.cross_entropy import cross_entropy
 from methods.views.draws import Draws
 from methods.views.policy import Augment
+from methods.views.tiles import turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,11 @@ class RotationTask(PretextTask):
         """
         if images.shape[2] != images.shape[3]:
             raise ValueError(f"images {tuple(images.shape)}: rotation needs square ones, crop them first")
-        turned = torch.stack([images.rot90(quarters, (2, 3)) for quarters in range(4)])
         if self.config.turns == "all":
-            return turned.flatten(0, 1), torch.arange(4, device=images.device).repeat_interleave(len(images))
+            turned = torch.cat([images.rot90(quarters, (2, 3)) for quarters in range(4)])
+            return turned, torch.arange(4, device=images.device).repeat_interleave(len(images))
         quarters = draws.integers(1, 4)[:, 0]
-        return turned[quarters, torch.arange(len(images), device=images.device)], quarters
+        return turn(images, quarters), quarters
 
 
 class Rotation(Method):

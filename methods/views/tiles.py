@@ -58,3 +58,9 @@ def without_green_magenta(images: Tensor, which: Tensor) -> Tensor:
     axis = torch.tensor((-1.0, 2.0, -1.0), device=images.device, dtype=images.dtype)[:, None, None]
     rest = images - (images * axis).sum(dim=1, keepdim=True) / 6 * axis
     return torch.where(which[:, None, None, None], rest, images)
+
+
+def turn(images: Tensor, quarters: Tensor) -> Tensor:
+    """Each image (B, 3, H, H) turned to the left by its `quarters` (B,) int64, 0 .. 3, of a full turn, exactly."""
+    turned = torch.stack([images.rot90(quarter, (2, 3)) for quarter in range(4)])
+    return turned[quarters, torch.arange(len(images), device=images.device)]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from methods.encoders import SmallCNN, SmallCNNConfig
-from methods.pirl import COLOUR, CUT, ORDER, PIRL, TURN, PIRLConfig, TilesHead, random_crop, turn
+from methods.pirl import COLOUR, CUT, ORDER, PIRL, TURN, PIRLConfig, TilesHead, random_crop
 from methods.views.colour import jitter_exact_, random_jitter
 from methods.views.draws import Draws
-from methods.views.tiles import cut_tiles
+from methods.views.tiles import cut_tiles, turn
 
 IMAGES, PIXELS = 12, 32
 KINDS = {
