@@ -290,6 +290,8 @@ def _lay_out(
         elif "each" in value:
             found = _arms(str(name), value, problems)
             entries += found
+            if found:
+                _forget(raw, str(name), {str(arm) for arm in value["each"]} - {e.name.split(".")[1] for e in found})
             for stage in value["stages"] if found else ():
                 arms[f"{name}.{stage}"] = tuple(e.name for e in found if e.name.endswith(f".{stage}"))
         elif "rounds" in value:
@@ -335,6 +337,22 @@ def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> li
                 value["inputs"] = {k: _rewire(v, known) for k, v in value["inputs"].items()}
             entries.append(_Entry(known[stage], f"{where}.each.{arm}.{stage}", value))
     return entries
+
+
+def _forget(stages: dict[str, Any], group: str, dropped: set[str]) -> None:
+    """Take the arms that nobody asked for out of the inputs and the claims of later stages."""
+    for value in stages.values():
+        if not isinstance(value, dict) or not dropped:
+            continue
+        if isinstance(value.get("claims"), list):
+            value["claims"] = [
+                c for c in value["claims"] if not (isinstance(c, list) and dropped & {str(arm) for arm in c})
+            ]  # fmt: skip
+        inputs = value.get("inputs")
+        if isinstance(inputs, dict):
+            for name, target in inputs.items():
+                gone = isinstance(target, str) and any(target.startswith(f"{group}.{arm}.") for arm in dropped)
+                inputs[name] = None if gone else target
 
 
 def _overridden(

@@ -111,11 +111,11 @@ class TestLayout:
         )
 
     def test_arms_can_be_chosen_and_dropped(self):
-        names = {node.name.split(".")[1] for node in parse(ARMS, overrides=[
-            "stages.arms.only=[random, simclr]", "stages.comparison.inputs.supervised=null",
-            "stages.comparison.claims=[]"]).nodes if "." in node.name}  # fmt: skip
-        assert names == {"random", "simclr"}
-        dropped = parse(ARMS, overrides=["stages.arms.each.simclr=null", "stages.comparison.claims=[]"])
+        chosen = parse(ARMS, overrides=["stages.arms.only=[random, simclr]"])
+        assert {node.name.split(".")[1] for node in chosen.nodes if "." in node.name} == {"random", "simclr"}
+        comparison = chosen.node("comparison")  # claims about arms that are not there go with them, and so do anchors
+        assert comparison.stage.claims == () and set(comparison.inputs) == {"scores", "random"}
+        dropped = parse(ARMS, overrides=["stages.arms.each.simclr=null"])
         assert not any("simclr" in node.name for node in dropped.nodes)
 
     @pytest.mark.parametrize(
@@ -162,8 +162,7 @@ def test_a_comparison_over_two_seeds_is_told_shown_and_stored(tmp_path):
 
 
 def test_untrained_weights_differ_between_seeds_and_are_set_on_clean_images(tmp_path):
-    few = ["stages.arms.stages.probe.protocols=[knn]", "stages.arms.only=[random]", "stages.comparison.claims=[]",
-           "stages.comparison.inputs.supervised=null"]  # fmt: skip
+    few = ["stages.arms.stages.probe.protocols=[knn]", "stages.arms.only=[random]"]
     prepared = prepare(parse(ARMS, overrides=["seeds=2", *few]), tmp_path / "store", label="arms")
     execute(prepared, use_ray=False)
     store = Store.open(tmp_path / "store")
