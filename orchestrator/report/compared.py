@@ -35,6 +35,9 @@ def comparison(run: RunFacts) -> Section | None:
     return section
 
 
+SPOKEN = {"linear": "a linear probe", "knn": "k nearest neighbours", "classifier": "the model's own head"}
+
+
 def _interval(score: Score) -> tuple[float, float]:
     return t_interval(score.values) if len(score.values) > 1 else (score.low, score.high)
 
@@ -55,12 +58,14 @@ def _by_arm(found: Comparison) -> Figure:
                     s.values if len(s.values) > 1 else ())
         for s in ranked
     ]  # fmt: skip
+    spoken = SPOKEN.get(found.protocol, found.protocol)
+    grey = " Anchors are grey." if found.anchors else ""
     several = f"mean of {found.seeds} seeds with Student's 95 % interval, under it a dot for each seed"
     what = several if found.seeds > 1 else "95 % Wilson interval, 1 seed"
     lines = [[s.arm, percent(s.mean), interval(*_interval(s))] for s in ranked]
     return Figure(
-        figures.dots(rows, xlabel=f"accuracy, {found.protocol}", salt="comparison"),
-        f"Accuracy by {found.protocol}: {what}; n = {ranked[0].n:,} images. Anchors are grey.",
+        figures.dots(rows, xlabel=f"accuracy of {spoken}", salt="comparison"),
+        f"Accuracy of {spoken}: {what}; n = {ranked[0].n:,} images.{grey}",
         Table(["arm", "accuracy", INTERVAL], lines, "lrr"),
     )
 
@@ -70,10 +75,11 @@ def _by_layer(found: Comparison, layers: Sequence[Score]) -> Figure:
     table = {(score.arm, score.tap): score for score in layers}
     arms = [arm for arm in found.arms if any((arm, tap) in table for tap in taps)]
     series = {arm: [table[arm, tap].mean if (arm, tap) in table else None for tap in taps] for arm in arms}
+    dashed = "; anchors are dashed" if found.anchors else ""
     rows = [[arm, *("" if v is None else percent(v) for v in series[arm])] for arm in arms]
     return Figure(
         figures.by_layer(taps, series, {arm for arm in arms if arm in found.anchors.values()}, salt="layers"),
-        f"A linear probe on every tap, mean of {found.seeds} seed{'s' if found.seeds > 1 else ''}; anchors are dashed.",
+        f"A linear probe on every tap, mean of {found.seeds} seed{'s' if found.seeds > 1 else ''}{dashed}.",
         Table(["arm", *taps], rows, "l" + "r" * len(taps)), wide=True,
     )  # fmt: skip
 
