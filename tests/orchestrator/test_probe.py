@@ -11,7 +11,6 @@ from orchestrator.errors import UserError
 from orchestrator.recipe import parse
 from orchestrator.report.html import write_report
 from orchestrator.run import execute, prepare
-from orchestrator.stages.probe import Probe
 from orchestrator.store import Store
 
 RECIPE = """
@@ -127,4 +126,3 @@ def test_a_protocol_that_cannot_be_is_refused_before_anything_runs(tmp_path, ove
 def test_scores_without_a_figure_have_no_neighbours(tmp_path):
     scores = Scores.write(tmp_path, [{"protocol": "knn", "metric": "accuracy", "value": 0.5}])
     assert scores.neighbours() == [] and json.loads((tmp_path / "scores.json").read_text())[0]["value"] == 0.5
-    assert Probe(protocols=("knn",)).k == 20
