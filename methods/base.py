@@ -81,6 +81,10 @@ class Method(nn.Module, ABC):
         False  # trains on what looks unlike an image: batch norm is set on clean ones at the end
     )
     skips_weights: ClassVar[bool] = False  # a step may leave some weights without a gradient
+    needs_average: ClassVar[bool] = False  # reads `average`, so training must keep one
+    needs_teacher: ClassVar[bool] = False  # reads `teacher`
+    average: Method | None = None  # lent by training: the moving average of this method, frozen, in eval mode
+    teacher: Method | None = None  # lent by training: a given model, frozen, in eval mode
 
     @abstractmethod
     def views(self, pixels: int) -> tuple[View, ...]:
@@ -93,6 +97,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """Features (B, dim) that probes, k-NN and clusters read, of images (B, 3, H, W) in [0, 1]."""
+
+    def attach(self, *, average: Method | None = None, teacher: Method | None = None) -> None:
+        """Lend it what belongs to others and is not part of its state: nothing of them is trained, saved or sent."""
+        self.__dict__.update(average=average, teacher=teacher)  # past nn.Module, which would register them
 
     def on_start(self, images: Tensor) -> None:
         """Before the first step: clean unlabelled images (M, 3, H, W) in [0, 1], for priors. Default: nothing."""

@@ -99,6 +99,7 @@ class Train(Stage):
             needed = {
                 "labelled": "labelled" in streams, "images": "unlabelled" in streams, "labels": method.needs_targets
             }  # fmt: skip
+        needed["teacher"] = method.needs_teacher
         for key, need in needed.items():
             if need and key not in given:
                 found.append((f"inputs.{key}", f"missing: {name} learns from it"))
@@ -121,6 +122,8 @@ class Train(Stage):
                 ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))
+        if method.needs_average and not self.ema:
+            found.append(("ema", f"{self.ema}: {name} reads the average of its weights; use ema: 0.999"))
         if method.needs_distinct and self.accumulate > 1:
             found.append(("accumulate", f"{self.accumulate}: {name} compares all images of a batch; use accumulate: 1"))
         for image in wiring.images.get("labelled", ()):
@@ -161,9 +164,9 @@ class Train(Stage):
 
     def run(
         self, context: Context, *, labelled: Images | None = None, images: Images | None = None,
-        labels: Labels | None = None, init: Checkpoint | None = None,
+        labels: Labels | None = None, init: Checkpoint | None = None, teacher: Checkpoint | None = None,
     ) -> Checkpoint:  # fmt: skip
-        job = Fit(self, context, labelled, images, labels, init)
+        job = Fit(self, context, labelled, images, labels, init, teacher)
         earlier = training_state.load(context.workdir)
         if context.workers is not None:
             context.workers.fit(job)
@@ -193,6 +196,7 @@ class Fit:
     images: Images | None
     labels: Labels | None
     init: Checkpoint | None
+    teacher: Checkpoint | None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -248,6 +252,8 @@ class Fit:
             encoder.load_state_dict(trunk)
         method = method.to(where).to(memory_format=torch.channels_last).train()
         average = averaged_copy(method) if stage.ema else None
+        teacher = None if self.teacher is None else self.teacher.build().to(where).to(memory_format=torch.channels_last)
+        method.attach(average=average, teacher=teacher)
         optimizer = stage.optim.build(method)
         clean = next(i for i in (self.images, self.labelled) if i is not None)
         pixels = clean.pixels

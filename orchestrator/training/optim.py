@@ -21,7 +21,7 @@ class Optim:
     momentum: float = 0.9
     nesterov: bool = True  # sgd only
     weight_decay: float = 5e-4  # on weights only, never on biases and norms
-    schedule: Literal["cosine", "constant", "step"] = "cosine"  # cosine ends at 0
+    schedule: Literal["cosine", "fixmatch", "constant", "step"] = "cosine"  # ends at 0; at 0.195 lr, cos(7 π t / 16)
     warmup: float = 0.05  # linear, fraction of all steps
     decay: float = 0.97  # step only: factor
     decay_every: float = 0.01  # step only: fraction of all steps
@@ -47,6 +47,8 @@ class Optim:
             return self.lr * step / warm
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * (step - warm) / max(1e-9, total - warm))) / 2
+        if self.schedule == "fixmatch":  # Sohn et al. 2020, arXiv:2001.07685, section 2.4
+            return self.lr * math.cos(7 * math.pi * (step - warm) / max(1e-9, total - warm) / 16)
         if self.schedule == "step":
             return self.lr * self.decay ** int((step / total + 1e-9) / self.decay_every)
         return self.lr

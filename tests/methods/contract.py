@@ -9,7 +9,9 @@ from torch import nn
 
 import methods
 from methods.base import Method
+from methods.ema import averaged_copy
 from methods.encoders import SmallCNN, SmallCNNConfig
+from methods.supervised import Supervised, SupervisedConfig
 from methods.views.draws import Draws
 
 CLASSES, PIXELS, BATCH = 3, 16, 4
@@ -34,7 +36,17 @@ METHODS = list(every_method())
 def build(cls, norm="batch", images=BATCH, **changes):
     torch.manual_seed(0)
     encoder = SmallCNN(SmallCNNConfig(width=0.25, norm=norm))
-    return cls(encoder, cls.Config(**changes), classes=CLASSES, images=images)
+    return lend(cls(encoder, cls.Config(**changes), classes=CLASSES, images=images))
+
+
+def lend(method):
+    """The method with the average and the teacher that training would lend it."""
+    torch.manual_seed(1)
+    encoder = SmallCNN(SmallCNNConfig(width=0.25))
+    teacher = Supervised(encoder, SupervisedConfig(), classes=CLASSES, images=0).to(next(method.parameters()).dtype)
+    method.attach()  # a copy must not hold an earlier one
+    method.attach(average=averaged_copy(method), teacher=averaged_copy(teacher))
+    return method
 
 
 def pictures(seed=0, rows=BATCH, height=PIXELS, width=PIXELS):
@@ -76,7 +88,7 @@ def double(cls, norm="batch", images=BATCH):
                 setattr(module, name, nn.GroupNorm(8, child.num_features))
             if isinstance(child, nn.Dropout):
                 child.p = 0.0
-    return method.double()
+    return lend(method.double())
 
 
 def double_batch(method, seed=0, images=None):

@@ -36,6 +36,12 @@ def test_lars_momentum_follows_its_recurrence():
     torch.testing.assert_close(weight.detach(), w)
 
 
+def test_fixmatchs_cosine_ends_at_a_fifth():
+    optim = Optim(lr=0.03, schedule="fixmatch", warmup=0.0)
+    rates = [optim.rate(step, 100) for step in (0, 25, 50, 75, 100)]
+    assert rates == pytest.approx([0.03, 0.028246, 0.023190, 0.015423, 0.005853], abs=1e-6)
+
+
 def test_warm_up_then_cosine_by_hand():
     optim = Optim(lr=4.8, warmup=0.1)
     assert [optim.rate(step, 100) for step in (0, 5, 10, 55, 100)] == pytest.approx([0, 2.4, 4.8, 2.4, 0])
