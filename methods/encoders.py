@@ -113,7 +113,8 @@ def set_drop_path(encoder: nn.Module, rate: float) -> None:
     blocks = [module for module in encoder.modules() if hasattr(module, "drop_path")]
     if rate > 0 and not blocks:
         raise ValueError(
-            f"drop_path = {rate}: {type(encoder).__name__} has no residual blocks; use ResNet or Timm, or drop_path: 0"
+            f"drop_path = {rate}: {type(encoder).__name__} has no residual blocks; use ResNet, WideResNet or "
+            "Timm, or drop_path: 0"
         )
     for block, keep in zip(blocks, survival(len(blocks), 1 - rate) if blocks else (), strict=True):
         skips = getattr(block, "downsample", None) is None
@@ -196,6 +197,88 @@ class ResNet(Encoder):
         for name in self.taps[1:-1]:
             hidden = taps[name] = getattr(net, name)(hidden)
         return taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideResNetConfig(EncoderConfig):
+    depth: int = 28  # layers, 6 n + 4 with n blocks a group; 28 in FixMatch and most semi-supervised papers
+    width: float = 2.0  # widening factor k: 2 as there, 10 in the paper's best; 28 and 2 make 1,466,320 parameters
+    slope: float = 0.0  # of the ReLU below 0; 0.1 in FixMatch's code
+    norm_momentum: float = 0.1  # a batch's share in the running statistics; 0.001 in FixMatch's code, for 2^20 steps
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or self.depth % 6 != 4:
+            raise ValueError(f"depth = {self.depth}: must be 6 n + 4, such as 10, 16 or 28")
+        if not 0.25 <= self.width <= 16 or (self.width * 16) % 4:
+            raise ValueError(f"width = {self.width}: must be a multiple of 0.25 in [0.25, 16]")
+        if not 0 <= self.slope < 1:
+            raise ValueError(f"slope = {self.slope}: must be in [0, 1), 0 is a plain ReLU")
+        if not 0 < self.norm_momentum <= 1:
+            raise ValueError(f"norm_momentum = {self.norm_momentum}: must be in (0, 1], the share of a batch")
+
+
+class WideResNet(Encoder):
+    """Wide residual network, Zagoruyko and Komodakis 2016, arXiv:1605.07146, table 1, for 32-pixel images.
+
+    Three groups of pre-activation blocks, channels 16 k, 32 k, 64 k, strides 1, 2, 2. A tap is the sum that leaves its
+    group, before any norm; the last batch norm and ReLU, which the network has only once, belong to the last tap.
+    """
+
+    Config = WideResNetConfig
+
+    def __init__(self, config: WideResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = [16, *(round(c * config.width) for c in (16, 32, 64))]
+        self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.groups = nn.ModuleDict()
+        for number, stride in enumerate((1, 2, 2)):
+            before, after = channels[number : number + 2]
+            blocks = [_PreActivation(before, after, stride, config)]
+            blocks += [_PreActivation(after, after, 1, config) for _ in range((config.depth - 4) // 6 - 1)]
+            self.groups[f"group{number + 1}"] = nn.Sequential(*blocks)
+        self.last = _norm_relu(channels[-1], config)
+        self.dim = channels[-1]
+        self.taps = ("stem", *self.groups, "gap")
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as both released codes
+
+    def trunk(self, images: Tensor) -> dict[str, Tensor]:
+        hidden = self.stem(images)
+        taps = {"stem": hidden}
+        for name, group in self.groups.items():
+            hidden = taps[name] = group(hidden)
+        taps["group3"] = self.last(hidden)
+        return taps
+
+
+def _norm_relu(channels: int, config: WideResNetConfig) -> nn.Sequential:
+    norm = nn.BatchNorm2d(channels, momentum=config.norm_momentum)
+    return nn.Sequential(norm, nn.LeakyReLU(config.slope, inplace=True) if config.slope else nn.ReLU(inplace=True))
+
+
+class _PreActivation(nn.Module):
+    """x + F(x), F being norm, ReLU, 3x3, norm, ReLU, 3x3: He et al. 2016, arXiv:1603.05027, fig. 4e.
+
+    Where the shape changes the skip is a 1x1 convolution of the activated input, as in the authors' code; FixMatch's
+    code takes the raw input there in the second and third group.
+    """
+
+    def __init__(self, before: int, after: int, stride: int, config: WideResNetConfig) -> None:
+        super().__init__()
+        self.act1 = _norm_relu(before, config)
+        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+        self.act2 = _norm_relu(after, config)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        same = before == after and stride == 1
+        self.downsample = None if same else nn.Conv2d(before, after, 1, stride=stride, bias=False)
+        self.drop_path: nn.Module = nn.Identity()  # see `set_drop_path`
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.act1(x)
+        skip = x if self.downsample is None else self.downsample(active)
+        return skip + self.drop_path(self.conv2(self.act2(self.conv1(active))))
 
 
 @dataclass(frozen=True, kw_only=True)
