@@ -23,36 +23,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
-import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from benchmarks.pictures import PIXELS, Pictures, open_images
+from benchmarks.turns import Contestant, cpu_name, print_speedup, print_steps, take_turns
 from methods.encoders import Encoder, ResNet, ResNetConfig, SmallCNN, SmallCNNConfig
 from methods.simclr import SimCLR, SimCLRConfig
-from orchestrator.data.catalogue import open_catalogue
 from orchestrator.data.images import Images
 from orchestrator.data.loader import Order
-from orchestrator.data.sources import open_source
 from orchestrator.training.loop import Stream, train_steps
 from orchestrator.training.optim import Optim
 from orchestrator.training.precision import auto_precision, autocast
 
-PIXELS = 32
 BATCH = 128
 WORKERS = 2
 TEMPERATURE = 0.5
@@ -104,94 +94,16 @@ def compare(name: str, images: Images, *, rounds: int, steps: int, threads: int,
     if peer:
         contestants[plain] = Contestant(Lightly, threads, name, images, "float32", torch.contiguous_format)
         contestants[tuned] = Contestant(Lightly, threads, name, images, precision, torch.channels_last)
-    wall: dict[str, list[float]] = {key: [] for key in contestants}
-    core: dict[str, list[float]] = {key: [] for key in contestants}
-    loss: dict[str, float] = {}
-    try:
-        for number in range(rounds):
-            keys = list(contestants)
-            for key in keys[number % len(keys) :] + keys[: number % len(keys)]:  # nobody always follows the same one
-                turn = contestants[key].turn(UNTIMED[name], steps)
-                wall[key].append(turn.wall / steps)
-                core[key].append(turn.core / steps)
-                loss[key] = turn.loss
-    finally:
-        for contestant in contestants.values():
-            contestant.end()
-    title = f"{name}, {steps} timed steps a turn"
-    print(f"\n{title:34}{'steps/s':>9}{'lowest':>9}{'highest':>9}{'core-s':>9}{'loss':>9}")
-    for key in contestants:
-        rates = sorted(1 / seconds for seconds in wall[key])
-        print(f"{key:34}{statistics.median(rates):9.3f}{rates[0]:9.3f}{rates[-1]:9.3f}"
-              f"{statistics.median(core[key]):9.3f}{loss[key]:9.3f}")  # fmt: skip
-    ratios = []
-    for baseline, required in zip((plain, tuned), REQUIRED[name], strict=True):
-        if baseline in contestants:
-            each = {
-                clock: [b / a for a, b in zip(seconds[ours], seconds[baseline], strict=True)]
-                for clock, seconds in (("wall", wall), ("core", core))
-            }
-            ratio = {clock: statistics.median(values) for clock, values in each.items()}
-            ratios.append({"baseline": baseline, "required": required, "ratio": ratio, "rounds": each})
-            verdict = "met" if ratio["wall"] >= required else "NOT MET"
-            print(f"{'over ' + baseline:34}{ratio['wall']:7.2f} times, required {required:.1f}: {verdict}; "
-                  f"{ratio['core']:.2f} times fewer core-seconds", flush=True)  # fmt: skip
-    return {"steps": steps, "wall_seconds": wall, "core_seconds": core, "loss": loss, "ratios": ratios}
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a turn's timed steps took, in seconds of the clock and of CPU time of all processes, and the last loss."""
-
-    wall: float
-    core: float
-    loss: float
-
-
-class Contestant:
-    """A training in a process of its own that goes on when it is its turn and sleeps in between."""
-
-    def __init__(self, kind: Callable, threads: int, *arguments) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, kind, threads, arguments))
-        self._process.start()
-        theirs.close()
-
-    def turn(self, untimed: int, timed: int) -> Turn:
-        """Trains for `untimed + timed` steps and times the last `timed`. Raises EOFError when the process died."""
-        self._pipe.send((untimed, timed))
-        return self._pipe.recv()
-
-    def end(self) -> None:
-        self._pipe.close()  # which ends its loop
-        self._process.join()
-
-
-def _serve(pipe: Connection, kind: Callable, threads: int, arguments: tuple) -> None:
-    torch.set_num_threads(threads)
-    training = kind(*arguments)
-    while True:
-        try:
-            untimed, timed = pipe.recv()
-        except EOFError:
-            return
-        steps = training.turn()
-        for _ in range(untimed):
-            next(steps)
-        wall, core = time.perf_counter(), core_seconds()
-        for _ in range(timed):
-            loss = next(steps)
-        turn = Turn(time.perf_counter() - wall, core_seconds() - core, float(loss))
-        del steps  # with it end the loader's workers
-        pipe.send(turn)
-
-
-def core_seconds() -> float:
-    """CPU time so far of this process and its live children, in seconds."""
-    here = psutil.Process()
-    times = [process.cpu_times() for process in (here, *here.children())]
-    return sum(used.user + used.system for used in times)
+    timings = take_turns(contestants, rounds=rounds, untimed=UNTIMED[name], steps=steps)
+    print_steps(f"{name}, {steps} timed steps a turn", timings)
+    ratios = [
+        print_speedup(timings, ours, baseline, required)
+        for baseline, required in zip((plain, tuned), REQUIRED[name], strict=True) if baseline in contestants
+    ]  # fmt: skip
+    return {
+        "steps": steps, "wall_seconds": timings.wall, "core_seconds": timings.core, "loss": timings.loss,
+        "ratios": ratios,
+    }  # fmt: skip
 
 
 class Ours:
@@ -245,20 +157,6 @@ class Lightly:
             yield loss.detach()
 
 
-class Pictures(Dataset):
-    """Decoded PIL images in memory, each given out as its two views."""
-
-    def __init__(self, images: Images, transform) -> None:
-        self._pictures = [TF.to_pil_image(image) for image in images.batch(torch.arange(len(images)))]
-        self._transform = transform
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, row: int) -> list[Tensor]:
-        return self._transform(self._pictures[row])
-
-
 def new_encoder(name: str) -> Encoder:
     return SmallCNN(SmallCNNConfig()) if name == "SmallCNN" else ResNet(ResNetConfig(depth=18, stem="cifar"))
 
@@ -267,22 +165,6 @@ def new_method(name: str) -> SimCLR:
     """Equal weights for every contestant."""
     torch.manual_seed(0)
     return SimCLR(new_encoder(name), SimCLRConfig(temperature=TEMPERATURE), classes=0, images=0)
-
-
-def open_images(folder: Path) -> tuple[str, Images]:
-    """Where the images are from, and the images, decoded into `folder` as every training reads them."""
-    data = os.environ.get("ORCHESTRATOR_DATA")
-    if data and any(Path(data, "cifar10").glob("test-*.parquet")):
-        source, where = "CIFAR-10 test", str(Path(data, "cifar10", "test"))
-    else:
-        source, where = "smooth noise", str(folder / "pictures")
-        os.mkdir(where)
-        torch.manual_seed(0)
-        smooth = F.interpolate(torch.rand(2048, 3, PIXELS // 4, PIXELS // 4), (PIXELS, PIXELS), mode="bicubic")
-        for number, image in enumerate(smooth.clamp(0, 1)):
-            TF.to_pil_image(image).save(f"{where}/{number:04d}.png")
-    listing = open_source(where, folder / "downloads")
-    return source, Images.of(open_catalogue(listing, folder / "cache", pixels=PIXELS))
 
 
 def find_lightly() -> tuple[str, str | None]:
@@ -295,16 +177,6 @@ def find_lightly() -> tuple[str, str | None]:
     except ImportError as error:
         return f"lightly is not installed, so ours runs alone: see benchmarks/README.md ({error})", None
     return "", lightly.__version__
-
-
-def cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,7 @@ those of 96 pixels are the same, enlarged. lightly and albumentations are left o
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +24,8 @@ import torchvision.transforms as T
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.pictures import PIXELS, load_images
+from benchmarks.turns import Run, core_rates, cpu_name, print_core_rates
 from methods.colorization import Colorization, ColorizationConfig, lightness_and_colours
 from methods.encoders import SmallCNN, SmallCNNConfig
 from methods.losses.colorization import soft_encode
@@ -40,7 +37,6 @@ from methods.views.randaugment import rand_augment
 from methods.views.simclr import simclr_augment
 from orchestrator.training.loop import keep_freed_memory
 
-PIXELS = 32
 LARGE = 96
 REQUIRED = {  # contestant, its baseline: how many times faster it has to be
     ("SimCLR, exact colour", "SimCLR, torchvision"): 5.0,
@@ -72,50 +68,19 @@ def main() -> None:
     runs = {name: run for name, run in runs.items() if options.only in name}
     if not runs:
         parser.error(f"--only {options.only}: no contestant's name contains it")
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(options.rounds + 1):
-        for name, (run, repeats) in runs.items():
-            seconds = cpu_seconds(run, repeats)
-            if number:  # the first round warms caches up
-                rates[name].append(repeats * len(images) / seconds)
-    median = {name: statistics.median(values) for name, values in rates.items()}
+    rates = core_rates(runs, images=len(images), rounds=options.rounds)
     print(f"{len(images)} images of {PIXELS} px, or {LARGE} where it says so ({source})")
-    print(f"one thread of {platform.processor() or platform.machine()}")
+    print(f"one thread of {cpu_name()}")
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}; CPU time, {options.rounds} rounds")
     for line in missing:
         print(line)
-    print(f"\n{'images per core-second':34}{'median':>10}{'lowest':>10}{'highest':>10}")
-    for name, values in rates.items():
-        print(f"{name:34}{median[name]:10,.0f}{min(values):10,.0f}{max(values):10,.0f}")
-    print(f"\n{'ratio':60}{'measured':>10}{'required':>10}")
-    ratios = []
-    for (name, baseline), required in REQUIRED.items():
-        if name in median and baseline in median:
-            ratio = statistics.median(a / b for a, b in zip(rates[name], rates[baseline], strict=True))
-            ratios.append({"contestant": name, "baseline": baseline, "ratio": ratio, "required": required})
-            verdict = "met" if ratio >= required else "NOT MET"
-            print(f"{name + ' / ' + baseline:60}{ratio:10.1f}{required:10.0f}  {verdict}")
+    median, ratios = print_core_rates(rates, REQUIRED)
     if options.json:
         record = {"images": source, "images_per_core_second": median, "rounds": rates, "ratios": ratios}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def load_images(count: int) -> tuple[str, Tensor]:
-    """Where the images are from, and `count` of them: uint8 (count, 3, PIXELS, PIXELS)."""
-    folder = os.environ.get("ORCHESTRATOR_DATA")
-    shards = sorted(Path(folder, "cifar10").glob("test-*.parquet")) if folder else []
-    if not shards:
-        coarse = torch.rand(count, 3, PIXELS // 4, PIXELS // 4)
-        smooth = F.interpolate(coarse, (PIXELS, PIXELS), mode="bicubic").clamp(0, 1)
-        return "smooth noise", (255 * smooth).round().to(torch.uint8)
-    import pyarrow.parquet as parquet
-
-    encoded = parquet.read_table(shards[0]).slice(0, count)["image"].to_pylist()
-    decoded = [T.functional.pil_to_tensor(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in encoded]
-    return "CIFAR-10 test", torch.stack(decoded)
-
-
-def contestants(images: Tensor) -> tuple[dict[str, tuple[Callable[[], object], int]], list[str]]:
+def contestants(images: Tensor) -> tuple[dict[str, Run], list[str]]:
     """What is compared, name to (one pass over all images, passes a round), and what is missing. SimCLR: two views."""
     draws = [Draws.of(0, 0, torch.arange(len(images)), view) for view in (0, 1)]
     exact, linear = simclr_augment(PIXELS), simclr_augment(PIXELS, colour="linear")
@@ -178,7 +143,7 @@ def enlarged(images: Tensor) -> Tensor:
     return F.interpolate(images.float(), (LARGE, LARGE), mode="bicubic").clamp(0, 255).round().to(torch.uint8)
 
 
-def puzzles(images: Tensor, pictures: list[Image.Image]) -> dict[str, tuple[Callable[[], object], int]]:
+def puzzles(images: Tensor, pictures: list[Image.Image]) -> dict[str, Run]:
     """Rotation (four copies of a padded and flipped crop), PIRL with its defaults, colorization's colours and bins."""
     draws = Draws.of(0, 0, torch.arange(len(images)))
     encoder = SmallCNN(SmallCNNConfig(width=0.25))
@@ -229,7 +194,7 @@ def puzzles(images: Tensor, pictures: list[Image.Image]) -> dict[str, tuple[Call
     }
 
 
-def large_views(images: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
+def large_views(images: Tensor) -> dict[str, Run]:
     """At 96 pixels: PIRL's nine jittered tiles of 28 pixels, and two views of SimCLR with blur."""
     large = enlarged(images)
     pictures = [T.functional.to_pil_image(image) for image in large]
@@ -243,7 +208,7 @@ def large_views(images: Tensor) -> dict[str, tuple[Callable[[], object], int]]:
         T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=0.5),
         T.ToTensor(),
     ])  # fmt: skip
-    runs: dict[str, tuple[Callable[[], object], int]] = {}
+    runs: dict[str, Run] = {}
     for colour in ("exact", "linear"):
         config = PIRLConfig(grid=3, cell=LARGE // 3, tile=28, colour=colour)
         tiles = PIRL(encoder, config, classes=10, images=len(images)).tiles
@@ -272,13 +237,6 @@ def tiles_one(picture: Image.Image, *, grid: int, cell: int, tile: int) -> Tenso
     return torch.stack([
         transform(picture.crop((left, top, left + cell, top + cell))) for left, top in (corners[i] for i in order)
     ])  # fmt: skip
-
-
-def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
-    begin = time.process_time()
-    for _ in range(repeats):
-        run()
-    return time.process_time() - begin
 
 
 if __name__ == "__main__":
