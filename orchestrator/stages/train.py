@@ -146,6 +146,7 @@ class Train(Stage):
         steps = self._steps(rows, sizes)
         return {
             "steps": steps, "images": steps * sum(sizes[key] for key in rows),
+            "bookkeeping": bookkeeping(steps, rows, sizes),
             "parameters": sum(p.numel() for p in method.parameters()),
             "passes": {key: round(steps * sizes[key] / max(1, n), 1) for key, n in rows.items()},
         }  # fmt: skip
@@ -184,6 +185,22 @@ class Train(Stage):
             facts={"steps": state["step"], "images_seen": state["images"], "precision": state["precision"],
                    "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point())},
         )  # fmt: skip
+
+
+def bookkeeping(steps: int, rows: dict[str, int], sizes: dict[str, int]) -> str:
+    """In plain words how often each image is seen; `rows` and `sizes` by input: images there are, and of a step.
+
+    {"labelled": 250, "images": 49750} and {"labelled": 64, "images": 192} at 1,200 steps: "1,200 steps of 64 labelled +
+    192 unlabelled images: each of 250 labelled is seen 307 times, each of 49,750 unlabelled 4.6 times".
+    """
+    words = {"labelled": "labelled", "images": "unlabelled"}
+    batch = " + ".join(f"{sizes[key]:,} {words[key]}" for key in rows)
+    seen = []
+    for key, count in rows.items():
+        often = steps * sizes[key] / max(1, count)
+        times = f"{often:,.0f}" if often >= 10 else f"{often:.1f}"
+        seen.append(f"each of {count:,} {words[key]} {'' if seen else 'is seen '}{times} times")
+    return f"{steps:,} steps of {batch} images: {', '.join(seen)}"
 
 
 @dataclass
