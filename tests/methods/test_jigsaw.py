@@ -1,14 +1,17 @@
 """Jigsaw and jigsaw++: the set of permutations, how tiles come into their slots, and what occludes them."""
 
 import hashlib
+import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from methods.encoders import SmallCNN, SmallCNNConfig
 from methods.jigsaw import COUNT, Jigsaw, JigsawConfig, JigsawPlus, JigsawPlusConfig, occlude, shuffle
@@ -225,6 +228,37 @@ def test_noise_stays_at_chance_and_smeared_over_the_gaps_it_would_be_learned():
             found.append(losses["jigsaw_accuracy"].item())
         accuracy[augment.min_area] = sum(found[-50:]) / 50
     assert accuracy[1.0] < 0.28 and accuracy[0.6] > 0.4
+
+
+def jpeg_noise(rows):
+    """White noise as JPEG gives it back: whatever tells a tile's place is of the format."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(rows):
+        file = io.BytesIO()
+        Image.fromarray(rng.normal(128, 40, (32, 32, 3)).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=50)
+        found.append(np.asarray(Image.open(file).convert("RGB")))
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.slow
+def test_the_blocks_of_jpeg_tell_enlarged_tiles_apart_but_not_native_ones_of_two_blocks():
+    images, accuracy = jpeg_noise(512), {}
+    for grid, tile, permutations in ((3, 14, 9), (2, 12, 24)):
+        torch.manual_seed(0)
+        config = JigsawConfig(grid=grid, tile=tile, permutations=permutations)
+        method = Jigsaw(SmallCNN(SmallCNNConfig(width=0.25)), config, classes=0, images=0)
+        optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+        (view,), found = method.views(32), []
+        for step in range(300):
+            index = torch.arange(64) + 64 * (step % 8)
+            image, key = view.transform(images[index], Draws.of(1, step, index)), Draws.of(1, step, index, -1).key
+            losses = method({"image": image, "unlabelled.key": key}, 0.0)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            found.append(losses["jigsaw_accuracy"].item())
+        accuracy[grid] = sum(found[-20:]) / 20
+    assert accuracy[3] > 0.4 and accuracy[2] < 0.1  # chance is 0.11 and 0.04
 
 
 class TestHead:
