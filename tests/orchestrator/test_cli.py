@@ -176,6 +176,16 @@ def test_plan_as_json_says_what_is_stored_and_what_will_run(orchestrator, world,
     assert all(bad["reason"] for bad in found["data"]["quarantine"])
 
 
+def test_how_often_each_image_will_be_seen_is_told_before_anything_runs(orchestrator, world, tmp_path):
+    change = "stages.students.stages.student.optim.lr=0.06"
+    _, out, _ = orchestrator("plan", *world.arguments, change, "--store", world.store)
+    lines = [line.strip() for line in out.splitlines() if "is seen" in line]
+    assert lines == [
+        "students.0.student, students.1.student: 8 steps of 8 labelled + 16 unlabelled images: "
+        "each of 12 labelled is seen 5.3 times, each of 60 unlabelled 2.1 times"
+    ]  # what is stored already is not told
+
+
 def test_plan_trains_nothing(orchestrator, world, tmp_path):
     code, out, _ = orchestrator("plan", *world.arguments, "--store", tmp_path / "new")
     assert code == 0 and "pretrain" in out and "to run" in out
