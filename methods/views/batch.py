@@ -28,10 +28,14 @@ def check_images(images: Tensor, draws: Draws) -> None:
         raise ValueError(f"{len(draws)} draws for {len(images)} images: need one each")
 
 
-@lru_cache(maxsize=64)
 def constant(values: tuple, device: torch.device) -> Tensor:
     """A (nested) tuple of numbers as a tensor, copied to the device once. Not to be written to."""
-    return torch.tensor(values, device=device)
+    return _constant(values, repr(values), device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple, written: str, device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)  # `written`, since (1,) == (1.0,) == (True,), of three types
 
 
 def chunks(begin: int, end: int, elements: int, device: torch.device) -> Iterator[slice]:

@@ -54,14 +54,14 @@ def rand_augment(
         layer_draws = draws.fork(layer)
         choice = layer_draws.integers(1, 2 * len(ops))[:, 0]  # twice the operation, plus 1 for the negative sign
         rows, bounds = grouped(torch.where(geometric[choice // 2], len(ops), choice // 2), len(ops) + 1)
-        images = _take_rows(images, rows)
+        images = take_rows(images, rows)
         parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         changed = [
             change_values(op, images[part], level, layer_draws[rows[part]], fill)
             for op, part in zip(ops, parts, strict=False) if part.start < part.stop
         ]  # fmt: skip
-        changed.append(move(images[parts[-1]], _take_rows(sources, choice[rows[parts[-1]]]), fill))
-        images = _take_rows(torch.cat(changed), rows.argsort())
+        changed.append(move(images[parts[-1]], take_rows(sources, choice[rows[parts[-1]]]), fill))
+        images = take_rows(torch.cat(changed), rows.argsort())
     return images
 
 
@@ -111,7 +111,17 @@ def move(images: Tensor, source: Tensor, fill: int = GREY) -> Tensor:
 
 
 def source_index(op: str, level: float, height: int, width: int) -> Tensor:
-    """Where a geometric operation reads each pixel, at level m = M / 10, negative for the other direction.
+    """Where a geometric operation reads each pixel, at level m = M / 10, negative for the other direction: see `moved`.
+
+    Returns:
+        (height · width,) int64.
+    """
+    full = {"rotate": 30.0, "shear_x": 0.3, "shear_y": 0.3, "translate_x": width / 8, "translate_y": height / 8}
+    return moved(op, full[op] * level, height, width)
+
+
+def moved(op: str, amount: float, height: int, width: int) -> Tensor:
+    """Where each pixel is read from, turned by `amount` degrees, sheared by it, or shifted by it in pixels.
 
     torchvision's own transform of an image of coordinates, by the nearest neighbour, hence exact.
 
@@ -121,17 +131,17 @@ def source_index(op: str, level: float, height: int, width: int) -> Tensor:
     place = torch.stack(torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij"))
     fill, nearest = [float(height), 0.0], InterpolationMode.NEAREST
     if op == "rotate":
-        moved = F.rotate(place, 30 * level, nearest, fill=fill)
+        pixels = F.rotate(place, amount, nearest, fill=fill)
     else:
-        angle = math.degrees(math.atan(0.3 * level))
+        angle = math.degrees(math.atan(amount))
         translate, shear = {
             "shear_x": ([0.0, 0.0], [angle, 0.0]),
             "shear_y": ([0.0, 0.0], [0.0, angle]),
-            "translate_x": ([level / 8 * width, 0.0], [0.0, 0.0]),
-            "translate_y": ([0.0, level / 8 * height], [0.0, 0.0]),
+            "translate_x": ([amount, 0.0], [0.0, 0.0]),
+            "translate_y": ([0.0, amount], [0.0, 0.0]),
         }[op]
-        moved = F.affine(place, 0.0, translate, 1.0, shear, nearest, fill=fill, center=[0.0, 0.0])
-    row, column = moved.to(torch.int64)
+        pixels = F.affine(place, 0.0, translate, 1.0, shear, nearest, fill=fill, center=[0.0, 0.0])
+    row, column = pixels.to(torch.int64)
     return (row * width + column).flatten()
 
 
@@ -146,7 +156,7 @@ def _sources(ops: tuple[str, ...], level: float, height: int, width: int, device
     return sources.to(device)
 
 
-def _take_rows(values: Tensor, rows: Tensor) -> Tensor:
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
     """values[rows], several times faster."""
     return values.flatten(1).index_select(0, rows).unflatten(1, values.shape[1:])
 
@@ -169,20 +179,23 @@ def adjust_sharpness(images: Tensor, factor: float) -> Tensor:
     return pixels.clamp_(0, 255).to(torch.uint8)
 
 
-def cutout(images: Tensor, draws: Draws, *, side: int, fill: int = GREY) -> Tensor:
+def cutout(images: Tensor, draws: Draws, *, side: int | Tensor, fill: int = GREY) -> Tensor:
     """Paints a grey square around a random pixel; what falls outside the image is lost.
 
     Args:
         images: uint8 (B, 3, H, W).
-        side: of the square, in pixels: rows and columns centre - side // 2 .. centre - side // 2 + side - 1.
+        side: of the square, in pixels, of all or (B,) int64 of each: rows and columns centre - side // 2 ..
+            centre - side // 2 + side - 1.
     Returns:
         uint8 (B, 3, H, W).
     """
     height, width = images.shape[2:]
     unit = draws.uniform(2)
+    side = side[:, None] if isinstance(side, Tensor) else side
     covered = []
     for size, chance in ((height, unit[:, :1]), (width, unit[:, 1:])):
         first = (chance * size).floor_() - side // 2
         place = torch.arange(size, device=images.device)
         covered.append((place >= first) & (place < first + side))
-    return images.masked_fill((covered[0][:, :, None] & covered[1][:, None])[:, None], fill)
+    square = (covered[0][:, :, None] & covered[1][:, None])[:, None].to(torch.uint8)
+    return (images & (square - 1)) | (square * fill)  # bytes at a time, unlike masked_fill: several times faster
