@@ -65,7 +65,7 @@ def random_jitter(
     """
     device = draws.key.device
     blends = (brightness, contrast, saturation)
-    low = constant((*(max(0.0, 1 - blend) for blend in blends), -hue), device)
+    low = constant((*(max(0.0, 1.0 - blend) for blend in blends), -hue), device)
     high = constant((*(1.0 + blend for blend in blends), hue), device)
     unit = draws.uniform(7)
     order = constant(_ORDERS, device)[(unit[:, 4] * len(_ORDERS)).long()]
