@@ -8,13 +8,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from methods.bank import MemoryBank
 from methods.collectives import all_gather
-from methods.jigsaw import JigsawPlus
 from tests.methods.contract import METHODS, double, double_batch, pictures, steps
 
 ROWS, WORKERS = 8, 2
 SHARE = ROWS // WORKERS
 # these also compare their banks over several steps, in test_bank.py, or their draws, in test_patch_contrast.py
 ELSEWHERE = {"PIRL", "InstanceDiscrimination", "NearbyPatches", "PredictivePatches"}
+# jigsaw++ takes strangers' tiles from the next image, MixUp mixes with any: each a worker's own, in one process others
+OWN_SHARE = {"JigsawPlus", "MixMatch", "ReMixMatch"}
 COMPARED = [cls for cls in METHODS if cls.__name__ not in ELSEWHERE]
 
 
@@ -91,8 +92,7 @@ def mean_of_shares(method):
 @pytest.mark.parametrize("cls", COMPARED, ids=lambda cls: cls.__name__)
 def test_two_workers_give_one_processs_loss_and_gradient(cls, workers):
     method = method_of(cls)
-    # jigsaw++ takes strangers' tiles from the next image, of the worker's own: the last one's is another in one process
-    alone = mean_of_shares(method) if cls is JigsawPlus else train(method, method)
+    alone = mean_of_shares(method) if cls.__name__ in OWN_SHARE else train(method, method)
     first, second = (found[cls.__name__] for found in workers)
     for ours, here, there in zip(alone, first, second, strict=True):
         assert ours["loss"].dtype == torch.float64
