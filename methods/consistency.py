@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from methods.precision import full_precision
 
+NormFrom = Literal["labelled", "all"]
+
 
 def together(network: Callable[[Tensor], Tensor], *streams: Tensor) -> tuple[Tensor, ...]:
     """One pass over several batches of images, so that batch norm sees all of them, and the outputs of each."""
@@ -36,6 +38,29 @@ def norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, batches) in zip(norms, saved, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def two_streams(
+    network: Callable[[Tensor], Tensor], labelled: Tensor, unlabelled: Tensor, *, model: nn.Module, norm_from: NormFrom
+) -> tuple[Tensor, Tensor]:
+    """The outputs of labelled and of unlabelled images, and whose statistics batch norm of `model` remembers.
+
+    "labelled": two passes, each normalised by its own statistics, of which the labelled ones' are added to the running
+    ones, so that unlabelled images do nothing but add their loss. "all": one pass, normalised and remembered together.
+    """
+    if norm_from == "all":
+        first, second = together(network, labelled, unlabelled)
+        return first, second
+    first = network(labelled)
+    with norm_statistics_kept(model):
+        return first, network(unlabelled)
+
+
+@torch.no_grad()
+@full_precision
+def prediction(logits: Tensor) -> Tensor:
+    """The distributions (B, K) of logits (B, K) as a target: float32 whatever autocast does, and without gradient."""
+    return logits.softmax(dim=1)
 
 
 @full_precision

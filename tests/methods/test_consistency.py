@@ -1,5 +1,6 @@
 """The consistency functions against hand-computed values, and what no gradient may pass."""
 
+import copy
 import math
 
 import pytest
@@ -15,8 +16,10 @@ from methods.consistency import (
     exponential_ramp,
     linear_ramp,
     norm_statistics_kept,
+    prediction,
     sharpen,
     together,
+    two_streams,
 )
 
 Q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
@@ -118,6 +121,37 @@ def test_together_is_one_pass_whose_parts_come_back_in_order():
 
     first, second = together(network, torch.ones(2, 1), torch.full((3, 1), 5.0))
     assert sizes == [5] and first.flatten().tolist() == [2, 2] and second.flatten().tolist() == [10, 10, 10]
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3), 4 + torch.randn(7, 3)
+
+
+def test_of_two_streams_the_labelled_ones_statistics_are_kept_and_each_is_normalised_by_its_own():
+    model, labelled, unlabelled = normed()
+    other = copy.deepcopy(model)
+    found = two_streams(model, labelled, unlabelled, model=model, norm_from="labelled")
+    assert torch.equal(found[0], other(labelled))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    torch.testing.assert_close(found[1].mean(dim=0), torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_or_both_streams_are_normalised_and_kept_together():
+    model, labelled, unlabelled = normed()
+    other = copy.deepcopy(model)
+    found = two_streams(model, labelled, unlabelled, model=model, norm_from="all")
+    assert [len(part) for part in found] == [5, 7] and torch.equal(
+        torch.cat(found), other(torch.cat([labelled, unlabelled]))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_prediction_is_a_float32_distribution_without_gradient():
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]], requires_grad=True)
+    assert prediction(logits)[0].tolist() == pytest.approx([0.5, 0.25, 0.25]) and not prediction(logits).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prediction(logits.bfloat16()).dtype == torch.float32
 
 
 def test_acceptance_by_hand_and_of_nothing():
