@@ -252,6 +252,9 @@ def predict(
 @app.command()
 def doctor(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Folders, Parquet files, manifests.")],
+    separator: Annotated[
+        str | None, typer.Option(help="What divides several labels in a cell: , or ; or |, as in the recipe.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What is in these folders: kinds, counts, classes, sizes; what is broken, duplicated or leaking."""
@@ -259,7 +262,7 @@ def doctor(
     from orchestrator.display import Display
 
     display = Display(sys.stderr if as_json else sys.stdout)
-    found = inspect(paths, progress=display.reading)
+    found = inspect(paths, separator=separator, progress=display.reading)
     display.close()
     if as_json:
         _print_json(found.json())

@@ -12,7 +12,7 @@ from orchestrator.component import chosen, to_plain
 from orchestrator.data.images import Images
 from orchestrator.data.splits import Data
 from orchestrator.recipe import Node, Recipe, Rounds, report
-from orchestrator.stage import Stage, Wiring
+from orchestrator.stage import Stage, Wiring, several_labels
 from orchestrator.store import Store
 
 
@@ -72,7 +72,8 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         empty = [target for targets in node.inputs.values() for target in targets
                  if target in data.splits and len(data.splits[target]) == 0]  # fmt: skip
         found = [(f"{node.where}.inputs", f"split {name} has no images") for name in empty] if empty else [
-            (f"{node.where}.{path}", message) for path, message in node.stage.problems(wiring)]  # fmt: skip
+            (f"{node.where}.{path}", message)
+            for path, message in (*several_labels(node.stage, wiring), *node.stage.problems(wiring))]  # fmt: skip
         problems += found
         if found:
             continue

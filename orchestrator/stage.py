@@ -22,6 +22,7 @@ class Stage:
     """Base of all stages. `run(self, context, *, name: Kind, ...) -> Artifact` is written by each, with own inputs."""
 
     scores_test: ClassVar[bool] = False  # may read the test split: nothing learns or chooses by its answer
+    takes_several: ClassVar[frozenset[str]] = frozenset()  # inputs whose images may have several labels
     version: ClassVar[int] = 1  # raised by hand when the same configuration would now answer differently
 
     def vocabulary(self, wiring: Wiring) -> tuple[str, ...]:
@@ -60,6 +61,29 @@ def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
          f"{len(wiring.classes)}: fine-tune it on labelled images first (init: ...)")
         for name in names for spoken in wiring.vocabulary.get(name, ()) if spoken and spoken != wiring.classes
     ]  # fmt: skip
+
+
+def several_labels(stage: Stage, wiring: Wiring) -> list[tuple[str, str]]:
+    """What is wrong with images of several labels where a stage needs one class an image."""
+    found: list[tuple[str, str]] = []
+    for name, parts in wiring.images.items():
+        several = [target for target, part in zip(wiring.targets[name], parts, strict=True) if part.several]
+        one = [
+            target for target, part in zip(wiring.targets[name], parts, strict=True)
+            if part.labelled.any() and not part.several
+        ]  # fmt: skip
+        if several and name not in stage.takes_several:
+            found.append((
+                f"inputs.{name}", f"{several[0]} has several labels an image, and {type(stage).__name__} needs one "
+                f"class: judge features by it with Probe's protocols: [svm], or read its images alone, as {{from: "
+                f"{several[0]}, labels: false}}",
+            ))  # fmt: skip
+        elif several and one:
+            found.append((
+                f"inputs.{name}", f"{several[0]} has several labels an image and {one[0]} one: read both without "
+                f"labels, as {{from: {one[0]}, labels: false}}",
+            ))  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
@@ -91,10 +92,22 @@ class Catalogue:
         return self._ids()[rows].astype("U32")
 
     def label_names(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(code into `about["classes"]` int64, labelled bool) of `rows`; the code is 0 where there is no label."""
+        """(code into `about["classes"]` int64, labelled bool) of `rows`; the code is 0 where there is no label, and
+        everywhere with several labels an image: see `targets`."""
         codes = self.table["label"].combine_chunks()
         labelled = codes.is_valid().to_numpy(zero_copy_only=False)[rows]
+        if pa.types.is_list(codes.type):
+            return np.zeros(len(rows), np.int64), labelled
         return np.where(labelled, codes.fill_null(0).to_numpy()[rows], 0).astype(np.int64), labelled
+
+    def targets(self, rows: np.ndarray) -> np.ndarray | None:
+        """(len(rows), K) bool, which of `about["classes"]` an image shows; None where each has one label or none."""
+        codes = self.table["label"].combine_chunks()
+        if not pa.types.is_list(codes.type):
+            return None
+        shown = np.zeros((len(self), len(self.about["classes"])), bool)
+        shown[pc.list_parent_indices(codes), codes.flatten()] = True
+        return shown[rows]
 
     def sizes(self, side: str, rows: np.ndarray) -> np.ndarray:
         """ "width" or "height" in pixels, as decoded, of usable `rows`."""
@@ -291,10 +304,10 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
         with pa.OSFile(str(folder / f"journal-{number:05d}.arrow")) as file:
             journals.append(pa.ipc.open_file(file).read_all())
     table = pa.concat_tables(journals).combine_chunks()
-    codes = listing.label.indices.cast(pa.int32())
+    codes = listing.codes
     kept, first_of = _first_of_each(table, codes)
     again = np.flatnonzero(first_of >= 0)
-    label = codes.to_numpy(zero_copy_only=False)
+    label = _one_number(codes).to_numpy(zero_copy_only=False)
     differ = again[(label[again] != label[first_of[again]]) & codes.is_valid().to_numpy(zero_copy_only=False)[again]]
 
     def pairs(rows: np.ndarray) -> list[list[str]]:
@@ -314,7 +327,7 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
         "duplicate_examples": pairs(again[:20]),
         "conflicts": len(differ),
         "conflict_examples": [
-            [*pair, listing.classes[int(label[first_of[row]])], listing.classes[int(label[row])]]
+            [*pair, listing.shown(int(first_of[row])), listing.shown(int(row))]
             for pair, row in zip(pairs(differ[:20]), differ[:20], strict=True)
         ],
     }
@@ -328,6 +341,13 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
         }
     ).replace_schema_metadata({"orchestrator": json.dumps(about, ensure_ascii=True)})
     _write(table, folder / "catalogue.arrow")
+
+
+def _one_number(codes: pa.Array) -> pa.Array:
+    """Codes as they are; of lists of codes a number for each list, equal for equal lists."""
+    if not pa.types.is_list(codes.type):
+        return codes
+    return pc.binary_join(codes.cast(pa.list_(pa.string())), " ").dictionary_encode().indices
 
 
 def _first_of_each(table: pa.Table, codes: pa.Array) -> tuple[np.ndarray, np.ndarray]:

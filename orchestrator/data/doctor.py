@@ -26,7 +26,9 @@ class SourceReport:
     """What one source holds. Counts of classes and sizes are over usable images, duplicates once.
 
     `widths` and `heights` are (min, median, max) in pixels. `top_tenth` is the share of labelled images that the
-    largest 10 % of the classes, at least one, have. `error` is set, and the rest empty, when nothing could be read.
+    largest 10 % of the classes, at least one, have. `labels_each` is the mean number of labels of a labelled image,
+    where one may have several, and an image is counted in each of its classes; else None. `error` is set, and the rest
+    empty, when nothing could be read.
     """
 
     source: str
@@ -45,6 +47,7 @@ class SourceReport:
     conflict_examples: list[list[str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     label_problem: str | None = None
+    labels_each: float | None = None
     error: str | None = None
 
 
@@ -94,6 +97,7 @@ def inspect(
     paths: Sequence[str],
     *,
     cache: Path | None = None,
+    separator: str | None = None,
     threads: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DoctorReport:
@@ -104,16 +108,17 @@ def inspect(
     Args:
         paths: sources, as in a recipe.
         cache: keeps what was found, so that looking again is quick; None keeps nothing.
+        separator: what divides the labels in a cell, as in a recipe; for sources whose label column is text.
         progress: called with (source, done, total).
     """
     if cache is None:
         with tempfile.TemporaryDirectory() as folder:
-            return inspect(paths, cache=Path(folder), threads=threads, progress=progress)
+            return inspect(paths, cache=Path(folder), separator=separator, threads=threads, progress=progress)
     reports: list[SourceReport] = []
     seen: dict[str, tuple[Catalogue, np.ndarray, np.ndarray]] = {}
     for source in itertools.chain.from_iterable(parts_of(path) for path in dict.fromkeys(paths)):
         try:
-            listing = open_source(source, cache)
+            listing = open_source(source, cache, separator=separator)
         except UserError as error:
             reports.append(SourceReport(source, error=str(error)))
             continue
@@ -134,7 +139,8 @@ def inspect(
 def _report(source: str, catalogue: Catalogue, rows: np.ndarray, notices: list[str]) -> SourceReport:
     about = catalogue.about
     label, labelled = catalogue.label_names(rows)
-    counts = np.bincount(label[labelled], minlength=len(about["classes"]))
+    targets = catalogue.targets(rows)
+    counts = np.bincount(label[labelled], minlength=len(about["classes"])) if targets is None else targets.sum(axis=0)
     classes = dict(zip(about["classes"], counts.tolist(), strict=True))
     largest = np.sort(counts)[::-1][: max(1, math.ceil(len(counts) / 10))] if len(counts) else counts
     return SourceReport(
@@ -154,6 +160,7 @@ def _report(source: str, catalogue: Catalogue, rows: np.ndarray, notices: list[s
         conflict_examples=about["conflict_examples"],
         notices=notices,
         label_problem=about["label_problem"],
+        labels_each=None if targets is None else float(counts.sum() / max(labelled.sum(), 1)),
     )
 
 
@@ -171,7 +178,8 @@ def _source_lines(report: SourceReport) -> list[str]:
             f"  sizes        width {width[0]} to {width[2]}, median {width[1]}; height {height[0]} to {height[2]}, "
             f"median {height[1]} pixels"
         )
-    lines.append(f"  usable       {report.usable:,}, of which {report.labelled:,} have a label")
+    each = "" if report.labels_each is None else f", {report.labels_each:.1f} labels each on average"
+    lines.append(f"  usable       {report.usable:,}, of which {report.labelled:,} have a label{each}")
     if report.classes:
         lines.append(f"  classes      {len(report.classes)}; the largest tenth holds {report.top_tenth:.0%} of labels")
         lines += _class_table(report.classes)
@@ -221,16 +229,22 @@ def _advice(reports: Sequence[SourceReport], leaks: Sequence[Leak]) -> list[str]
             advice.append(f"{source}: mend or remove the {len(report.bad):,} bad images ({share:.1%}){ends}")
         if report.conflicts:
             advice.append(f"{source}: {report.conflicts:,} copies have two labels: decide which is right")
-        if len(counts) == 1:
+        if report.labels_each is not None:
+            advice.append(
+                f"{source}: several labels an image: Probe's protocol svm judges by them, and methods without labels "
+                "learn from the images; whatever needs one class an image is refused"
+            )
+        if len(counts) == 1 and report.labels_each is None:
             advice.append(f"{source}: one class only; training needs at least two")
         if len(counts) > 1:
             fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
             if counts[fewest] < _FEW:
                 advice.append(f"{source}: {fewest} has {counts[fewest]:,} images: a hold-out of it says little")
             if counts[most] > 10 * counts[fewest]:
+                balance = ", and balance pseudo-labels by class" if report.labels_each is None else ""
                 advice.append(
                     f"{source}: {most} has {counts[most] / counts[fewest]:.0f} times the images of {fewest}: look at "
-                    "per-class results, and balance pseudo-labels by class"
+                    f"per-class results{balance}"
                 )
         smallest = min(report.widths[0], report.heights[0])
         if report.usable and smallest < 8:

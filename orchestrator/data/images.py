@@ -27,6 +27,8 @@ class Images:
         ids: (N,) str, a hash of each image's decoded pixels.
         labelled: (N,) bool, which images have a label.
         label: (N,) int64 into `classes`, meaningful where `labelled` is true and 0 elsewhere.
+        targets: (N, K) bool, which of the classes an image shows, where it may show several; its `label` is 0 then.
+            None: one class an image, or no labels.
         classes: the class names, in the order of the numbers.
         pixels: images are `pixels` by `pixels`.
         replaced: row to reason, for images that could not be read after the scan; see `batch`.
@@ -44,6 +46,7 @@ class Images:
         classes: Sequence[str],
         pixels: int,
         threads: int = 1,
+        targets: np.ndarray | None = None,
     ) -> None:
         self._catalogues = tuple(catalogues)
         self._catalogue_of = catalogue_of  # (N,) int16: which catalogue an image lies in
@@ -51,8 +54,9 @@ class Images:
         self.ids, self.labelled = ids, labelled
         self.label = np.where(labelled, label, 0).astype(np.int64)
         self.classes, self.pixels, self.threads = tuple(classes), pixels, threads
+        self.targets = targets
         self.replaced: dict[int, str] = {}
-        if labelled.any() and not 0 <= self.label.min() <= self.label.max() < len(self.classes):
+        if targets is None and labelled.any() and not 0 <= self.label.min() <= self.label.max() < len(self.classes):
             row = int(np.argmax((self.label < 0) | (self.label >= len(self.classes))))
             raise ValueError(f"{self.where(row)}: label {self.label[row]}, but there are {len(self.classes)} classes")
 
@@ -71,10 +75,16 @@ class Images:
             classes=catalogue.about["classes"],
             pixels=catalogue.about["pixels"],
             threads=threads,
+            targets=catalogue.targets(rows),
         )
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.targets is not None
 
     def __getstate__(self) -> dict:
         hidden = ("_pool", "_rows", "fingerprint")
@@ -131,7 +141,10 @@ class Images:
         if row not in self.replaced:
             self.replaced[row] = reason
             _log.warning("%s went bad after the scan (%s); another image stands in for it", self.where(row), reason)
-        same = np.flatnonzero((self.label == self.label[row]) & (self.labelled == self.labelled[row]))
+        alike = (self.label == self.label[row]) & (self.labelled == self.labelled[row])
+        if self.targets is not None:
+            alike &= (self.targets == self.targets[row]).all(axis=1)
+        same = np.flatnonzero(alike)
         after = np.roll(same, -1 - int(np.searchsorted(same, row)))
         for other in after[:_STAND_INS].tolist():
             try:
@@ -163,6 +176,8 @@ class Images:
         digest.update(self.ids.astype("S32").tobytes())
         digest.update(self.label.tobytes())
         digest.update(self.labelled.tobytes())
+        if self.targets is not None:
+            digest.update(b"targets" + np.packbits(self.targets, axis=1).tobytes())
         return digest.hexdigest()
 
     def select(self, rows: np.ndarray | Tensor | Sequence[int]) -> Images:
@@ -176,11 +191,12 @@ class Images:
             ids=self.ids[index],
             label=self.label[index],
             labelled=self.labelled[index],
+            targets=None if self.targets is None else self.targets[index],
         )
 
     def without_labels(self) -> Images:
         """The same images, none of them labelled."""
-        return self._with(label=np.zeros(len(self), np.int64), labelled=np.zeros(len(self), bool))
+        return self._with(label=np.zeros(len(self), np.int64), labelled=np.zeros(len(self), bool), targets=None)
 
     def with_labels(self, label: np.ndarray) -> Images:
         """The same images with other labels (N,) of the same classes; those without a label stay so."""
@@ -189,12 +205,21 @@ class Images:
     def relabel(self, classes: Sequence[str]) -> Images:
         """The same labels, by name, under another class map; a label whose class is not in it becomes no label."""
         place = {name: number for number, name in enumerate(classes)}
+        if self.targets is not None:
+            targets = np.zeros((len(self), len(classes)), bool)
+            kept = [number for number, name in enumerate(self.classes) if name in place]
+            targets[:, [place[self.classes[number]] for number in kept]] = self.targets[:, kept]
+            return self._with(targets=targets, classes=classes)
         new = np.array([place.get(name, -1) for name in self.classes] or [-1], np.int64)[self.label]
         return self._with(label=new, labelled=self.labelled & (new >= 0), classes=classes)
 
     @staticmethod
     def concat(*images: Images) -> Images:
-        """The images of several sets, one after the other. Raises ValueError where class map or `pixels` differ."""
+        """The images of several sets, one after the other.
+
+        Raises:
+            ValueError: class map or `pixels` differ, or some have several labels an image and others one.
+        """
         first = images[0]
         for other in images[1:]:
             if (other.classes, other.pixels) != (first.classes, first.pixels):
@@ -202,6 +227,9 @@ class Images:
                     f"concat: {len(first.classes)} classes at {first.pixels} pixels and {len(other.classes)} classes "
                     f"at {other.pixels} pixels: need one class map and one size"
                 )
+        several = [part.several for part in images if part.labelled.any() or part.several]
+        if any(several) and not all(several):
+            raise ValueError("concat: some images have several labels and others one: need one kind")
         catalogues = list({c.folder: c for part in images for c in part._catalogues}.values())
         number = {c.folder: n for n, c in enumerate(catalogues)}
         owner = [
@@ -214,10 +242,16 @@ class Images:
             ids=np.concatenate([part.ids for part in images]),
             label=np.concatenate([part.label for part in images]),
             labelled=np.concatenate([part.labelled for part in images]),
-        )
+            targets=np.concatenate([
+                np.zeros((len(part), len(first.classes)), bool) if part.targets is None else part.targets
+                for part in images
+            ]) if any(several) else None,
+        )  # fmt: skip
 
     def per_class(self) -> dict[str, int]:
-        """Labelled images of each class, in the order of `classes`."""
+        """Labelled images of each class, in the order of `classes`; one with several labels is counted in each."""
+        if self.targets is not None:
+            return dict(zip(self.classes, self.targets[self.labelled].sum(axis=0).tolist(), strict=True))
         counts = np.bincount(self.label[self.labelled], minlength=len(self.classes))
         return dict(zip(self.classes, counts.tolist(), strict=True))
 
@@ -226,6 +260,9 @@ class Images:
             "catalogues": self._catalogues,
             "catalogue_of": self._catalogue_of,
             "row_of": self._row_of,
-            **{name: getattr(self, name) for name in ("ids", "label", "labelled", "classes", "pixels", "threads")},
+            **{
+                name: getattr(self, name)
+                for name in ("ids", "label", "labelled", "classes", "pixels", "threads", "targets")
+            },
         }
         return Images(**{**same, **changed})

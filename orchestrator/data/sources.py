@@ -8,6 +8,10 @@
 - manifest: the label column; an empty cell and -1 are no label;
 - a glob over image files: no labels;
 - torchvision data sets and scikit-learn's digits: the data set's own labels.
+
+An image may have several labels where the label column holds lists (Parquet), or text and the recipe names what divides
+its cells (`separator`). No other cell is ever divided: "cat;dog" may be the name of one class, and no look at the cells
+can tell.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +50,8 @@ _JUNK = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir"))
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img")
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "class_name", "label_name")
+SEPARATORS = (",", ";", "|")
+WHOLE = "none"  # instead of a separator: every cell is one class, whatever it holds
 _ROWS_PER_BLOCK = 4096
 _ROWS_READ_AT_ONCE = 256
 
@@ -57,7 +64,8 @@ class Listing:
     """What a source holds, before anything is decoded. Rows are in the source's own order.
 
     `path` (N,) binary: relative to `root` for files, a description of the row otherwise. `label` (N,): class names,
-    dictionary-encoded, null where there is none. `classes`: the names in order. `label_problem`: why the labels cannot
+    dictionary-encoded, null where there is none; with several labels an image, lists of them, each class once and in
+    order, empty where an image shows none. `classes`: the names in order. `label_problem`: why the labels cannot
     be used, raised only when a split wants labels. `blocks`: runs of rows [start, stop) that are scanned, and resumed,
     as one. `items(start, stop)` yields what to decode, in order. `in_files`: each row is a file of its own.
     """
@@ -66,7 +74,7 @@ class Listing:
     kind: str
     root: str
     path: pa.Array
-    label: pa.DictionaryArray
+    label: pa.DictionaryArray | pa.ListArray
     classes: tuple[str, ...]
     blocks: list[tuple[int, int]]
     items: Callable[[int, int], Iterator[Item]]
@@ -78,13 +86,36 @@ class Listing:
     def __len__(self) -> int:
         return len(self.path)
 
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return pa.types.is_list(self.label.type)
 
-def open_source(source: str, downloads: Path) -> Listing:
+    @property
+    def codes(self) -> pa.Array:
+        """`label` as int32 places in `classes`, or lists of them."""
+        if not self.several:
+            return self.label.indices.cast(pa.int32())
+        indices = self.label.values.indices.cast(pa.int32())
+        return pa.ListArray.from_arrays(self.label.offsets, indices, mask=self.label.is_null())
+
+    def shown(self, row: int) -> str:
+        """The labels of a row that has some, for people."""
+        label = self.label[row].as_py()
+        return label if isinstance(label, str) else ", ".join(label) or "none of the classes"
+
+
+def open_source(source: str, downloads: Path, *, separator: str | None = None) -> Listing:
     """List what `source` stands for; torchvision data sets are downloaded to `downloads`.
 
+    Args:
+        separator: one of SEPARATORS, what divides the labels in a cell of a text column; or WHOLE. Ignored where labels
+            are no text: the listing's `several` says what came of it.
     Raises:
-        UserError: nothing usable is there, in one line saying what was looked for.
+        UserError: nothing usable is there, in one line saying what was looked for; or no such separator.
     """
+    if separator not in (None, WHOLE, *SEPARATORS):
+        raise UserError(f"separator {separator!r}: must be one of {' '.join(SEPARATORS)} or {WHOLE}")
     if source in ("digits/train", "digits/test"):
         return _digits(source)
     if source.startswith("torchvision:"):
@@ -93,14 +124,14 @@ def open_source(source: str, downloads: Path) -> Listing:
         raise UserError(f"{source}: remote data is not read directly; copy or mount it and give the local path")
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        return _directory(source, path)
+        return _directory(source, path, separator)
     if os.path.isfile(path):
-        return _file(source, path)
+        return _file(source, path, separator)
     shards = _shards(path)
     if shards:
-        return _parquet(source, shards)
+        return _parquet(source, shards, separator)
     if glob.has_magic(path):
-        return _glob(source, path)
+        return _glob(source, path, separator)
     parent, name = os.path.split(path.rstrip("/"))
     known = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     if known and os.path.isdir(parent or "."):
@@ -226,13 +257,13 @@ def _walk(root: str) -> _Walk:
     return found
 
 
-def _directory(source: str, path: str) -> Listing:
+def _directory(source: str, path: str, separator: str | None) -> Listing:
     splits = _parquet_splits(path)
     if len(splits) > 1:
         names = ", ".join(sorted(splits))
         raise UserError(f"{source}: holds the Parquet splits {names}; name one, such as {source}/{sorted(splits)[0]}")
     if splits:
-        return _parquet(source, next(iter(splits.values())))
+        return _parquet(source, next(iter(splits.values())), separator)
     found = _walk(path)
     if not found.paths:
         other = "; ".join(f"{count:,} {why}" for why, count in sorted(found.skipped.items())) or "nothing at all"
@@ -258,12 +289,12 @@ def _directory(source: str, path: str) -> Listing:
     return _of_files(source, kind, path, found, label, classes, notices, problem)
 
 
-def _glob(source: str, pattern: str) -> Listing:
+def _glob(source: str, pattern: str, separator: str | None = None) -> Listing:
     paths = sorted(glob.glob(pattern, recursive=True))
     paths = [path for path in paths if os.path.isfile(path) and not _is_junk(os.path.basename(path))]
     shards = [path for path in paths if path.endswith(".parquet")]
     if shards and len(shards) == len(paths):
-        return _parquet(source, shards)
+        return _parquet(source, shards, separator)
     images = [path for path in paths if _looks_like_image(os.path.basename(path), path)]
     if not images:
         raise UserError(f"{source}: the pattern matches {len(paths):,} files, none of them an image or .parquet file")
@@ -283,7 +314,7 @@ def _of_files(
     kind: str,
     root: str,
     found: _Walk,
-    label: pa.DictionaryArray,
+    label: pa.DictionaryArray | pa.ListArray,
     classes: tuple[str, ...],
     notices: list[str],
     problem: str | None,
@@ -301,7 +332,7 @@ def _of_files(
         b"\0".join(encoded),
         np.array(found.sizes, np.int64).tobytes(),
         np.array(found.mtimes, np.int64).tobytes(),
-        "\0".join(name or "" for name in label.to_pylist()),
+        *_label_parts(label),
     )
     count = len(encoded)
     return Listing(
@@ -323,12 +354,12 @@ def _of_files(
 # ---- manifests
 
 
-def _file(source: str, path: str) -> Listing:
+def _file(source: str, path: str, separator: str | None) -> Listing:
     name = os.path.basename(path).lower()
     if name.endswith(".parquet"):
-        return _parquet(source, [path])
+        return _parquet(source, [path], separator)
     if name.endswith(MANIFEST_ENDINGS):
-        return _manifest(source, path, *_read_manifest(source, path))
+        return _manifest(source, path, *_read_manifest(source, path), separator)
     if _looks_like_image(name, path):
         return _glob(source, glob.escape(path))
     raise UserError(f"{source}: neither an image, nor .parquet, nor a list of paths ({', '.join(MANIFEST_ENDINGS)})")
@@ -372,7 +403,7 @@ def _read_manifest(source: str, path: str) -> tuple[list[str], pa.Array | None]:
     return paths.to_pylist(), label
 
 
-def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | None) -> Listing:
+def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | None, separator: str | None) -> Listing:
     root, found = os.path.dirname(os.path.abspath(path)), _Walk()
     for relative in paths:
         found.paths.append(relative)
@@ -385,12 +416,8 @@ def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | N
         else:
             found.sizes.append(stat.st_size)
             found.mtimes.append(stat.st_mtime_ns)
-    problem = None
-    if labels is None:
-        label, classes = _encode([None] * len(paths))
-    else:
-        label, classes, problem = _labels(source, labels, None)
-    return _of_files(source, "manifest", root, found, label, classes, [], problem)
+    said = _unlabelled(len(paths)) if labels is None else _labels(source, labels, None, separator)
+    return _of_files(source, "manifest", root, found, said.label, said.classes, list(said.notices), said.problem)
 
 
 # ---- Parquet
@@ -438,7 +465,7 @@ def _refuse_missing_shards(source: str, files: Sequence[str]) -> None:
             raise UserError(f"{source}: {found} of {total} files {name}-*.parquet are there; fetch the rest")
 
 
-def _parquet(source: str, files: Sequence[str]) -> Listing:
+def _parquet(source: str, files: Sequence[str], separator: str | None) -> Listing:
     _refuse_missing_shards(source, files)
     paths: list[bytes] = []
     labels: list[pa.ChunkedArray] = []
@@ -451,7 +478,7 @@ def _parquet(source: str, files: Sequence[str]) -> Listing:
                     schema = shard.schema_arrow
                     image = _image_column(schema)
                     if image is None:
-                        return _parquet_manifest(source, files, shard)
+                        return _parquet_manifest(source, files, shard, separator)
                     label_column = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
                 assert image is not None
                 names = _inner_paths(shard, image)
@@ -473,13 +500,12 @@ def _parquet(source: str, files: Sequence[str]) -> Listing:
             raise UserError(f"{file}: cannot be read as Parquet like its neighbours: {error}") from error
     if not paths:
         raise UserError(f"{source}: {len(files)} Parquet files and no rows in them")
-    problem = None
     if label_column is None:
-        label, classes = _encode([None] * len(paths))
+        said = _unlabelled(len(paths))
     else:
         tables = [pa.table({"label": column}) for column in labels]
         stacked = pa.concat_tables(tables, promote_options="permissive")["label"]
-        label, classes, problem = _labels(source, _flat(stacked), _hugging_face_names(schema, label_column))
+        said = _labels(source, _flat(stacked), _hugging_face_names(schema, label_column), separator)
     root = os.path.dirname(os.path.abspath(files[0]))
 
     def items(start: int, stop: int) -> Iterator[Item]:
@@ -494,20 +520,22 @@ def _parquet(source: str, files: Sequence[str]) -> Listing:
                         yield os.path.join(root, inside) if inside else BadImage("the row holds no image")
 
     stats = [os.stat(file) for file in files]
-    signature = _signature(
-        "parquet", *(os.path.abspath(file) for file in files), *(f"{s.st_size} {s.st_mtime_ns}" for s in stats)
-    )
+    parts = [*(os.path.abspath(file) for file in files), *(f"{s.st_size} {s.st_mtime_ns}" for s in stats)]
+    if separator is not None or pa.types.is_list(said.label.type):  # the same file, read otherwise
+        parts.append(f"labels {separator}")
+    signature = _signature("parquet", *parts)
     return Listing(
         source=source,
         kind=f"Parquet, {len(files)} file{'s' if len(files) > 1 else ''}",
         root=root,
         path=pa.array(paths, pa.large_binary()),
-        label=label,
-        classes=classes,
+        label=said.label,
+        classes=said.classes,
         blocks=list(groups_of),
         items=items,
         signature=signature,
-        label_problem=problem,
+        label_problem=said.problem,
+        notices=list(said.notices),
     )
 
 
@@ -532,7 +560,7 @@ def _inner_paths(shard: pq.ParquetFile, image: str) -> list[str | None]:
     return pc.struct_field(shard.read(columns=[f"{image}.path"])[image], "path").to_pylist()
 
 
-def _parquet_manifest(source: str, files: Sequence[str], shard: pq.ParquetFile) -> Listing:
+def _parquet_manifest(source: str, files: Sequence[str], shard: pq.ParquetFile, separator: str | None) -> Listing:
     names = shard.schema_arrow.names
     column = next((name for name in _PATH_COLUMNS if name in names), None)
     if column is None or len(files) > 1:
@@ -543,7 +571,7 @@ def _parquet_manifest(source: str, files: Sequence[str], shard: pq.ParquetFile) 
     label_column = next((name for name in _LABEL_COLUMNS if name in names and name != column), None)
     table = shard.read(columns=[column] + ([label_column] if label_column else []))
     labels = _flat(table[label_column]) if label_column else None
-    return _manifest(source, files[0], table[column].cast(pa.string()).to_pylist(), labels)
+    return _manifest(source, files[0], table[column].cast(pa.string()).to_pylist(), labels, separator)
 
 
 def _hugging_face_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
@@ -551,6 +579,10 @@ def _hugging_face_names(schema: pa.Schema, column: str) -> tuple[str, ...] | Non
     if metadata is None:
         return None
     feature = json.loads(metadata).get("info", {}).get("features", {}).get(column)
+    if isinstance(feature, list):  # lists of labels, as older versions write them
+        feature = feature[0] if feature else None
+    elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):  # and newer ones
+        feature = feature["feature"]
     names = feature.get("names") if isinstance(feature, dict) else None
     return tuple(names) if names else None
 
@@ -572,47 +604,136 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def _labels(
-    source: str, values: pa.Array, names: tuple[str, ...] | None
-) -> tuple[pa.DictionaryArray, tuple[str, ...], str | None]:
-    """A label column as class names: (labels, classes in order, why they cannot be used or None)."""
-    nothing, _ = _encode([None] * len(values))
+class _Said(NamedTuple):
+    """What a label column says: the labels, as in `Listing`; why they cannot be used; what a reader should know."""
+
+    label: pa.DictionaryArray | pa.ListArray
+    classes: tuple[str, ...]
+    problem: str | None = None
+    notices: tuple[str, ...] = ()
+
+
+def _unlabelled(count: int, problem: str | None = None) -> _Said:
+    return _Said(*_encode([None] * count), problem)
+
+
+def _label_parts(label: pa.DictionaryArray | pa.ListArray) -> tuple[str, ...]:
+    """A source's labels as parts of its signature."""
+    if pa.types.is_list(label.type):
+        return "labels", json.dumps(label.to_pylist())
+    return ("\0".join(name or "" for name in label.to_pylist()),)
+
+
+def _labels(source: str, values: pa.Array, names: tuple[str, ...] | None, separator: str | None = None) -> _Said:
+    """A label column as class names, or as lists of them."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         values, kind = values.cast(kind.value_type), kind.value_type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return nothing, (), f"{source}: several labels per image (a column of {kind}); one class per image is needed"
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _several(source, values.cast(pa.list_(kind.value_type)), names, "each row is a list")
     if pa.types.is_floating(kind):  # integers with gaps, as pandas writes them
         try:
             values = pc.if_else(pc.is_nan(values), None, values).cast(pa.int64())
         except pa.ArrowInvalid:
-            return nothing, (), f"{source}: labels are fractions such as {values.drop_null()[0]}; classes are needed"
+            example = values.drop_null()[0]
+            return _unlabelled(len(values), f"{source}: labels are fractions such as {example}; classes are needed")
     if pa.types.is_integer(values.type):
-        values = pc.if_else(pc.less(values, 0), None, values.cast(pa.int64()))
-        top = pc.max(values).as_py()
-        if names is not None and top is not None and top >= len(names):
-            row = pc.index(values, pa.scalar(top, pa.int64())).as_py()
-            return nothing, (), f"{source}: row {row} has the label {top}, but names end at {len(names) - 1}"
-        present = sorted(value for value in pc.unique(values).to_pylist() if value is not None)
-        codes = pc.index_in(values, value_set=pa.array(present, pa.int64()))
-        classes = tuple(names[value] if names else str(value) for value in present)
-        return pa.DictionaryArray.from_arrays(codes, pa.array(classes, pa.string())), classes, None
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        return nothing, (), f"{source}: labels of type {kind}; class names or whole numbers are needed"
+        return _numbered(source, values, names)
+    if not _is_text(kind):
+        return _unlabelled(len(values), f"{source}: labels of type {kind}; class names or whole numbers are needed")
+    text = _named(values)
+    if separator in SEPARATORS:
+        return _several(source, pc.split_pattern(text, separator), None, f"cells are divided at {separator!r}")
+    if separator == WHOLE:
+        return _Said(*_encode(text.to_pylist()))
+    problem, notices = _compound(source, text)
+    return _unlabelled(len(text), problem) if problem else _Said(*_encode(text.to_pylist()), None, notices)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _named(values: pa.Array) -> pa.Array:
+    """Class names without space around them, null where there is none."""
     text = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    text = pc.if_else(pc.is_in(text, value_set=pa.array(["", "-1"])), None, text)
-    several = pc.index(pc.match_substring(text, ","), True).as_py()
-    if several >= 0:
-        return (
-            nothing,
-            (),
-            (
-                f"{source}: row {several} has the label {text[several].as_py()!r}, which reads as several labels; "
-                "one class per image is needed: keep one, or drop such rows"
-            ),
+    return pc.if_else(pc.is_in(text, value_set=pa.array(["", "-1"])), None, text)
+
+
+def _numbered(source: str, values: pa.Array, names: tuple[str, ...] | None, owner: np.ndarray | None = None) -> _Said:
+    """Whole numbers, below 0 for no label, as the class names they stand for; `owner`: which row each is of."""
+    values = pc.if_else(pc.less(values, 0), None, values.cast(pa.int64()))
+    top = pc.max(values).as_py()
+    if names is not None and top is not None and top >= len(names):
+        place = pc.index(values, pa.scalar(top, pa.int64())).as_py()
+        row = place if owner is None else int(owner[place])
+        return _unlabelled(len(values), f"{source}: row {row} has the label {top}, but names end at {len(names) - 1}")
+    present = sorted(value for value in pc.unique(values).to_pylist() if value is not None)
+    codes = pc.index_in(values, value_set=pa.array(present, pa.int64()))
+    classes = tuple(names[value] if names else str(value) for value in present)
+    return _Said(pa.DictionaryArray.from_arrays(codes, pa.array(classes, pa.string())), classes)
+
+
+def _compound(source: str, text: pa.Array) -> tuple[str | None, tuple[str, ...]]:
+    """Cells that may hold several labels though nobody says so: (why they cannot be used, or None; notices)."""
+    known = {name for name in pc.unique(text).to_pylist() if name is not None}
+    marked = {mark: sorted((cell for cell in known if mark in cell), key=natural) for mark in SEPARATORS}
+
+    def row_of(cell: str) -> str:
+        return f"row {pc.index(text, cell).as_py()} has the label {cell!r}"
+
+    for mark, cells in marked.items():
+        # A comma alone gives a cell away; elsewhere only its parts being classes too does.
+        sure = [cell for cell in cells if mark == "," or {part.strip() for part in cell.split(mark)} - {""} <= known]
+        if sure:
+            return (
+                f"{source}: {row_of(sure[0])}, which reads as several labels; if it is, give separator: {mark!r} "
+                f"beside from: in the recipe's data, and if it is one class, separator: {WHOLE}"
+            ), ()
+    return None, tuple(
+        f"{source}: {row_of(cells[0])}, which stays one class; if cells hold several labels, give separator: {mark!r} "
+        "beside from: in the recipe's data"
+        for mark, cells in marked.items() if cells
+    )  # fmt: skip
+
+
+def _several(source: str, rows: pa.ListArray, names: tuple[str, ...] | None, rule: str) -> _Said:
+    """Several labels an image. An empty list says that an image shows none of the classes; null, and a list of nothing
+    but -1 and empty names, is no label."""
+    values, owner = rows.flatten(), pc.list_parent_indices(rows).to_numpy()
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    length = pc.list_value_length(rows).to_numpy(zero_copy_only=False)
+    if pa.types.is_integer(values.type):
+        given = length[rows.is_valid().to_numpy(zero_copy_only=False)]
+        if len(values) and given.min() == given.max() > 1 and set(pc.unique(values).to_pylist()) == {0, 1}:
+            example = rows.drop_null()[0].as_py()
+            return _unlabelled(len(rows), (
+                f"{source}: every row has {int(given[0])} numbers of 0 and 1, such as {example}, which reads as a yes "
+                "or no for each class; list the classes that an image shows"
+            ))  # fmt: skip
+        said = _numbered(source, values, names, owner)
+    elif _is_text(values.type):
+        said = _Said(*_encode(_named(values).to_pylist()))
+    else:
+        problem = f"{source}: lists of labels of type {values.type}; class names or whole numbers are needed"
+        return _unlabelled(len(rows), problem)
+    if said.problem or not said.classes:
+        return _unlabelled(len(rows), said.problem)
+    codes, width = said.label.indices, len(said.classes)
+    known = codes.is_valid().to_numpy(zero_copy_only=False)
+    pairs = np.unique(owner[known].astype(np.int64) * width + codes.drop_null().to_numpy())  # each class once a row
+    sizes = np.bincount(pairs // width, minlength=len(rows))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    none = length == 0  # a null row's length is NaN
+    encoded = pa.DictionaryArray.from_arrays(pa.array(pairs % width, pa.int32()), pa.array(said.classes, pa.string()))
+    label = pa.ListArray.from_arrays(offsets, encoded, mask=pa.array((sizes == 0) & ~none))
+    notices = [f"{source}: several labels an image: {rule}"]
+    if none.any():
+        notices.append(
+            f"{source}: {int(none.sum()):,} lists are empty: these images count as showing none of the classes"
         )
-    label, classes = _encode(text.to_pylist())
-    return label, classes, None
+    return _Said(label, said.classes, None, tuple(notices))
 
 
 # ---- data sets by name
@@ -628,9 +749,9 @@ def _digits(source: str) -> Listing:
     rows = np.sort(train if source == "digits/train" else test)
     grey = np.rint(values[rows] * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)  # 0 to 16 in the original
     images = np.repeat(grey, 3, axis=3)
-    label, classes, _ = _labels(source, pa.array(target[rows]), None)
+    said = _labels(source, pa.array(target[rows]), None)
     paths = [f"digits image {row}".encode() for row in rows]
-    return _of_arrays(source, "scikit-learn digits", paths, label, classes, lambda a, b: iter(images[a:b]))
+    return _of_arrays(source, "scikit-learn digits", paths, said, lambda a, b: iter(images[a:b]))
 
 
 def _torchvision(source: str, downloads: Path) -> Listing:
@@ -666,24 +787,21 @@ def _torchvision(source: str, downloads: Path) -> Listing:
         values = pa.array(np.asarray(targets).tolist())
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UserError(f"{source}: is not a classification data set: {error}") from error
-    label, classes, problem = _labels(source, values, names)
+    said = _labels(source, values, names)
 
     def items(start: int, stop: int) -> Iterator[Item]:
         for row in range(start, stop):
             yield np.asarray(data[row][0].convert("RGB"))
 
     paths = [f"{source}[{row}]".encode() for row in range(len(data))]
-    listing = _of_arrays(source, "torchvision", paths, label, classes, items)
-    listing.label_problem = problem
-    return listing
+    return _of_arrays(source, "torchvision", paths, said, items)
 
 
 def _of_arrays(
     source: str,
     kind: str,
     paths: list[bytes],
-    label: pa.DictionaryArray,
-    classes: tuple[str, ...],
+    said: _Said,
     items: Callable[[int, int], Iterator[Item]],
 ) -> Listing:
     starts = range(0, len(paths), _ROWS_PER_BLOCK)
@@ -692,11 +810,13 @@ def _of_arrays(
         kind=kind,
         root="",
         path=pa.array(paths, pa.large_binary()),
-        label=label,
-        classes=classes,
+        label=said.label,
+        classes=said.classes,
         blocks=[(start, min(start + _ROWS_PER_BLOCK, len(paths))) for start in starts],
         items=items,
-        signature=_signature(kind, source, str(len(paths))),
+        signature=_signature(kind, source, str(len(paths)), *(["labels"] if pa.types.is_list(said.label.type) else [])),
+        label_problem=said.problem,
+        notices=list(said.notices),
     )
 
 

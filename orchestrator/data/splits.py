@@ -18,7 +18,7 @@ import torch
 from methods.views.draws import mix
 from orchestrator.data.catalogue import Catalogue, open_catalogue
 from orchestrator.data.images import Images
-from orchestrator.data.sources import Listing, natural, open_source
+from orchestrator.data.sources import SEPARATORS, WHOLE, Listing, natural, open_source
 from orchestrator.errors import UserError, nearest
 
 PROTECTED = ("test", "holdout")  # their images are in no other split
@@ -39,6 +39,11 @@ class Split:
         label_noise: share of the labels that are replaced by a class drawn uniformly from all, to study what wrong
             labels do: of K classes, 1 - label_noise (1 - 1 / K) of the labels stay right. A greater share adds to
             what a smaller one replaced.
+        separator: what divides the cells of a text column into several labels: "," or ";" or "|"; "none" says that each
+            is one class, whatever it holds. Belongs where the path is named; all splits of a source share it.
+
+    Of images with several labels `fraction` and `count` draw without regard to classes; `per_class` and `label_noise`
+    need one class an image and are refused.
     """
 
     source: str
@@ -48,6 +53,7 @@ class Split:
     without: tuple[str, ...] = ()
     labels: bool = True
     label_noise: float = 0.0
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -65,6 +71,9 @@ class Split:
             raise ValueError(f"label_noise = {self.label_noise}: must be in [0, 1]")
         if self.label_noise and not self.labels:
             raise ValueError(f"label_noise = {self.label_noise}: must be left out where labels are hidden")
+        if self.separator is not None and self.separator not in (*SEPARATORS, WHOLE):
+            known = " or ".join(f'"{mark}"' for mark in (*SEPARATORS, WHOLE))
+            raise ValueError(f"separator = {self.separator!r}: must be {known}, in quotes")
         if self.per_class is not None and not self.labels:
             raise ValueError(f"per_class = {self.per_class}: must be left out where labels are hidden; use count")
 
@@ -117,6 +126,21 @@ class DataConfig:
                     f"splits.{name}.per_class = {split.per_class}: must be left out, its labels are hidden; use count"
                 )
         _order(self.splits)
+        read: dict[str, tuple[str, str]] = {}  # source to the split that says how its cells are divided, and how
+        for name, split in self.splits.items():
+            if split.separator is None:
+                continue
+            if above := _ancestors(name, self.splits):
+                raise ValueError(f"splits.{name}.separator = {split.separator!r}: belongs to {above[-1]}")
+            first, other = read.setdefault(split.source, (name, split.separator))
+            if other != split.separator:
+                raise ValueError(
+                    f"splits.{name}.separator = {split.separator!r}: {split.source} is read with {other!r} in {first}"
+                )
+
+    def separator(self, source: str) -> str | None:
+        """What divides the cells of a source's label column."""
+        return next((s.separator for s in self.splits.values() if s.source == source and s.separator), None)
 
 
 @dataclass(frozen=True)
@@ -152,16 +176,34 @@ class Data:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `splits.parquet` (split, id, class or null; a row an image) and `data.json` (`describe`)."""
+        """Write `splits.parquet` (split, id, class or null; a row an image) and `data.json` (`describe`).
+
+        With several labels an image anywhere, the column `classes` lists them, and `class` is null for such images.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tables = []
         for name, images in self.splits.items():
-            codes = pa.array(images.label.astype(np.int32), mask=~images.labelled)
+            codes = pa.array(images.label.astype(np.int32), mask=~images.labelled | images.several)
             classes = pa.array(self.classes, pa.string())
             names = classes.take(codes) if self.classes else pa.nulls(len(images), pa.string())
-            tables.append(pa.table({"split": pa.repeat(name, len(images)), "id": images.ids, "class": names}))
+            columns = {"split": pa.repeat(name, len(images)), "id": images.ids, "class": names}
+            if any(part.several for part in self.splits.values()):
+                columns["classes"] = _lists(images, classes)
+            tables.append(pa.table(columns))
         pq.write_table(pa.concat_tables(tables), folder / "splits.parquet")
         (folder / "data.json").write_text(json.dumps(self.describe(), indent=1))
+
+
+def _lists(images: Images, classes: pa.Array) -> pa.Array:
+    """(N,) lists of class names, null for images without a label."""
+    if images.targets is None:
+        shown = np.zeros((len(images), len(classes)), bool)
+        shown[np.flatnonzero(images.labelled), images.label[images.labelled]] = True
+    else:
+        shown = images.targets
+    offsets = np.concatenate([[0], np.cumsum(shown.sum(axis=1))])
+    names = classes.take(pa.array(np.nonzero(shown)[1], pa.int32()))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names, mask=pa.array(~images.labelled))
 
 
 def open_data(
@@ -191,7 +233,13 @@ def open_data(
     visible = {name: split.labels and name not in UNLABELLED for name, split in config.splits.items()}
     pools: dict[str, Images] = {}
     for source in dict.fromkeys(roots.values()):
-        listing = open_source(source, cache)
+        separator = config.separator(source)
+        listing = open_source(source, cache, separator=separator)
+        if separator in SEPARATORS and not listing.several and not listing.label_problem:
+            raise UserError(
+                f"{source}: separator is {separator!r}, but there is no label column of text to divide "
+                f"({listing.kind}); leave it out"
+            )
         catalogue = open_catalogue(listing, cache, pixels=config.pixels, threads=threads, progress=progress)
         labels = any(visible[name] for name in roots if roots[name] == source)
         bad = catalogue.bad()
@@ -350,10 +398,15 @@ def _resolve(
             for other in ("labelled", "labeled"):
                 if other in whole:
                     images = give_way(images, name, other)
+        if images.several and visible[name]:
+            _check_several(name, split)
         if split.drawn:
             if parent:  # what earlier splits drew from the same one is gone
                 images = images.select(_member(images, left[parent]))
-            images = _draw(name, split, before, images, seed=seed, by_class=visible[name], spare=parent is not None)
+            by_class = visible[name] and not images.several
+            images = _draw(name, split, before, images, seed=seed, by_class=by_class, spare=parent is not None)
+            if images.several and visible[name]:
+                notices.append(f"{name}: drawn without regard to classes, since an image may have several labels")
             if parent:
                 left[parent] = left[parent].select(~_member(left[parent], images))
         whole[name] = left[name] = images
@@ -380,6 +433,16 @@ def _resolve(
             wrong = int((left[name].label != clean).sum())
             notices.append(f"{name}: {wrong:,} of {len(clean):,} labels are wrong on purpose (label_noise)")
     return {name: left[name] if visible[name] else left[name].without_labels() for name in config.splits}
+
+
+def _check_several(name: str, split: Split) -> None:
+    """Refuse what needs one class an image, in a line."""
+    for option, instead in (("per_class", "use count or fraction"), ("label_noise", "leave it out")):
+        if getattr(split, option):
+            raise UserError(
+                f"{name}: {option} is {getattr(split, option)}, but images of {split.source} may have several labels; "
+                f"{instead}"
+            )
 
 
 def _noisy(images: Images, share: float, seed: int, name: str) -> Images:
@@ -472,14 +535,17 @@ def _check_classes(splits: Mapping[str, Images], notices: list[str]) -> None:
     if labelled is None:
         return
     known = {name for name, count in labelled.per_class().items() if count}
-    if len(known) < 2:
+    if len(known) < 2 and not labelled.several:
         only = next(iter(known), "none")
         raise UserError(f"labelled: one class only ({only}); at least two are needed, or every image is surely {only}")
     for name in PROTECTED:
         if name not in splits or not splits[name].labelled.any():
             continue
         present = {c: count for c, count in splits[name].per_class().items() if count}
-        for extra in [c for c in present if c not in known]:
+        unknown = [c for c in present if c not in known]
+        if unknown and labelled.several:  # a draw without regard to classes may miss a rare one
+            notices.append(f"{name}: {_listed(unknown)} is in no labelled image: nothing can be learned of it")
+        for extra in unknown if not labelled.several else ():
             raise UserError(
                 f"{name}: class {extra!r} ({present[extra]:,} images) is not in labelled, which has "
                 f"{_listed(sorted(known))}{nearest(extra, known)}; add labelled images of it or leave it out of {name}"
@@ -499,10 +565,14 @@ def _count_line(name: str, images: Images) -> str:
     if not labelled:
         return f"{name}: {len(images):,} images, no labels"
     present = {c: count for c, count in counts.items() if count}
+    if images.targets is not None and not present:
+        return f"{name}: {len(images):,} images, {labelled:,} labelled, none shows any class"
     fewest, most = min(present, key=present.__getitem__), max(present, key=present.__getitem__)
     if present[fewest] == present[most]:
         spread = f"{present[most]:,} of each of {len(present)} classes"
     else:
         spread = f"{len(present)} classes, {present[fewest]:,} ({fewest}) to {present[most]:,} ({most})"
     of = "" if labelled == len(images) else f", {labelled:,} labelled"
+    if images.targets is not None:
+        spread += f", {images.targets.sum() / labelled:.1f} labels an image"
     return f"{name}: {len(images):,} images{of}, {spread}"

@@ -14,6 +14,7 @@ from orchestrator.artifacts import Checkpoint, Labels, Scores
 from orchestrator.report import figures
 from orchestrator.report.content import (
     INTERVAL,
+    Block,
     Figure,
     Gallery,
     Lines,
@@ -266,7 +267,7 @@ def galleries(albums: Sequence[Album], pictures: Pictures, pixels: int) -> Secti
 
 def probes(run: RunFacts) -> Section | None:
     """How good are the features?"""
-    dots, rows = [], []
+    dots, rows, by_class = [], [], []
     for stage, scores in run.stored("Probe", Scores):
         if any(other.kind == "Compare" for other in run.stages):
             return None  # the comparison shows them all
@@ -277,9 +278,19 @@ def probes(run: RunFacts) -> Section | None:
             dots.append(figures.Dot(f"{stage.name}, {protocol}", value, low, high))
             rows.append([stage.name, model, protocol, score["metric"], percent(value), interval(low, high),
                          f"{score['n']:,}", f"{score['labelled']:,}"])  # fmt: skip
+            for name, precision, shown in zip(
+                score.get("classes", ()), score.get("by_class", ()), score.get("shown", ()), strict=False
+            ):
+                told = "nothing to learn from or to find" if precision is None else percent(precision)
+                by_class.append([stage.name, name, told, f"{shown:,}"])
     if not rows:
         return None
     header = ["probe", "features of", "protocol", "metric", "value", INTERVAL, "n", "labelled images"]
     figure = Figure(figures.dots(dots, xlabel="accuracy of the probe", salt="probes"),
                     "Probes on frozen features, 95 % Wilson intervals.", Table(header, rows, "llllrrrr"))  # fmt: skip
-    return Section("probes", "Probes", "How good are the features?", [figure])
+    blocks: list[Block] = [figure]
+    if by_class:
+        caption = "Average precision by class, where an image may have several labels"
+        header = ["probe", "class", "AP", "test images that show it"]
+        blocks.append(Table(header, by_class, "llrr", caption, folded=True))
+    return Section("probes", "Probes", "How good are the features?", blocks)

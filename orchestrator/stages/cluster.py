@@ -4,7 +4,7 @@ Noroozi et al. 2018, arXiv:1805.00385."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Cluster(Stage):
     restarts: int = 3  # same
     normalise: bool = True  # features by their length, as the published code
     precision: Precision = "auto"  # of the first iterations' distances
+
+    takes_several: ClassVar[frozenset[str]] = frozenset({"images"})  # reads no labels
 
     def __post_init__(self) -> None:
         for name in ("clusters", "iterations", "restarts"):

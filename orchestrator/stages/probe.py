@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +46,8 @@ class Probe(Stage):
     Protocols: `knn`, the weighted vote of the nearest labelled images; `linear`, a linear classifier on the feature;
     `layers`, one on every tap of the encoder; `classifier`, the model's own head, where it tells the data's classes
     apart; `retrieval`, how many of an image's nearest neighbours are of its class; `clusters`, how well k-means with as
-    many clusters as classes finds the classes; `svm`, mean AP of a linear SVM a class, as on VOC07.
+    many clusters as classes finds the classes; `svm`, mean AP of a linear SVM a class, as on VOC07, also where an image
+    has several labels.
 
     Retrieval and clusters learn nothing and are of `images`, or of `labelled` without them. Of the others, without
     `images` each labelled image is judged by the others: k-NN leaves the image itself out, linear probes are
@@ -58,6 +60,7 @@ class Probe(Stage):
     temperature: float = 0.07  # τ of the k-NN vote, same source
 
     scores_test: ClassVar[bool] = True
+    takes_several: ClassVar[frozenset[str]] = frozenset({"labelled", "images"})  # by svm
 
     def __post_init__(self) -> None:
         if not self.protocols:
@@ -73,7 +76,33 @@ class Probe(Stage):
                 ("inputs.images", f"missing: {protocol} needs other images than `labelled` to be judged by")
                 for protocol in ("classifier", "svm") if protocol in self.protocols
             ]  # fmt: skip
+        if several := self._several(wiring):
+            return several
         return foreign(wiring, "model") if "classifier" in self.protocols else []
+
+    def _several(self, wiring: Wiring) -> list[tuple[str, str]]:
+        """What is wrong where images have several labels."""
+        parts = {target: part for name in ("labelled", "images") if name in wiring.images
+                 for target, part in zip(wiring.targets[name], wiring.images[name], strict=True)}  # fmt: skip
+        several = [target for target, part in parts.items() if part.several]
+        if not several:
+            return []
+        others = [protocol for protocol in self.protocols if protocol != "svm"]
+        if others:
+            return [("protocols", f"{several[0]} has several labels an image, and {', '.join(others)} needs one class: "
+                                  "use protocols: [svm]")]  # fmt: skip
+        one = [target for target in parts if target not in several]
+        if one:
+            return [("protocols", f"{several[0]} has several labels an image and {one[0]} has not: whether an image of "
+                                  f"{one[0]} shows other classes too is not known")]  # fmt: skip
+        train, test = (
+            np.concatenate([part.targets[part.labelled] for part in wiring.images[name] if part.targets is not None])
+            for name in ("labelled", "images")
+        )
+        if not (train.any(axis=0) & ~train.all(axis=0) & test.any(axis=0)).any():
+            return [("inputs.images", f"no class of {wiring.targets['images'][0]} can be judged: svm needs images with "
+                     f"and without it in {wiring.targets['labelled'][0]}")]  # fmt: skip
+        return []
 
     def run(self, context: Context, *, model: Checkpoint, labelled: Images, images: Images | None = None) -> Scores:
         classes = len(labelled.classes)
@@ -98,12 +127,14 @@ class Probe(Stage):
                 continue
             if protocol == "svm":
                 assert images is not None
-                (train, known), (asked, truth) = (
-                    _known(context.extract(model, part), part) for part in (labelled, images)
+                (train, targets), (asked, truths) = (
+                    _shown(context.extract(model, part), part) for part in (labelled, images)
                 )
                 with context.compute():
-                    targets, truths = (F.one_hot(part, classes) for part in (known, truth))
-                    scores.append(svm_map(train, targets, asked, truths))
+                    score = svm_map(train, targets, asked, truths)
+                if images.several:  # names, since no table of accuracies by class stands beside them
+                    score |= {"classes": list(images.classes), "shown": truths.sum(dim=0).tolist()}
+                scores.append(score)
                 continue
             if protocol == "classifier":
                 assert images is not None
@@ -216,3 +247,12 @@ def _predict(fitted: tuple[Tensor, Tensor, Tensor, Tensor], features: Tensor) ->
 def _known(features: Tensor, images: Images) -> tuple[Tensor, Tensor]:
     known = torch.from_numpy(images.labelled.copy())
     return features[known], torch.from_numpy(images.label.copy())[known]
+
+
+def _shown(features: Tensor, images: Images) -> tuple[Tensor, Tensor]:
+    """The features of images with a label, and which classes each shows, (N, K) of 1 and 0."""
+    if images.targets is None:
+        features, label = _known(features, images)
+        return features, F.one_hot(label, len(images.classes))
+    known = torch.from_numpy(images.labelled.copy())
+    return features[known], torch.from_numpy(images.targets).long()[known]

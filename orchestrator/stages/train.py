@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class Train(Stage):
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # parts a batch is split into where memory is short
     precision: Literal["auto", "float32", "bf16"] = "auto"
+
+    takes_several: ClassVar[frozenset[str]] = frozenset({"images"})  # reads no labels of theirs
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -306,12 +306,13 @@ def test_label_beyond_the_names_is_reported_with_its_row(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [
-        (pa.array([[0, 1], [1]]), "several labels per image"),
+        (pa.array([[True], [False]]), "lists of labels of type bool"),
+        (pa.array([[0.5], [1.0]]), "lists of labels of type double"),
         (pa.array([0.5, 1.0]), "fractions such as 0.5"),
         (pa.array([True, False]), "labels of type bool"),
     ],
 )
-def test_labels_that_are_no_single_class_are_refused(tmp_path, labels, problem):
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, problem):
     image = [encoded(pixels(seed)) for seed in range(2)]
     pq.write_table(pa.table({"image": image, "label": labels}), tmp_path / "a.parquet")
     assert problem in listed(tmp_path / "a.parquet").label_problem
