@@ -1,4 +1,8 @@
-"""FixMatch: Sohn et al. 2020, arXiv:2001.07685. What is confident on a weak view is the label of the strong view."""
+"""FixMatch: Sohn et al. 2020, arXiv:2001.07685. What is confident on a weak view is the label of the strong view.
+
+Two forms, by how the strong view is made: with RandAugment, or with CTAugment (Berthelot et al. 2019,
+arXiv:1911.09785), whose strength is learned from the labelled images.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from methods.encoders import Encoder
 from methods.heads import classifier
 from methods.losses.cross_entropy import cross_entropy
 from methods.precision import full_precision
+from methods.views.ctaugment import CTAugment, CTAugmentConfig, recognised
+from methods.views.draws import Draws
 from methods.views.policy import Augment
 from methods.views.strong import StrongAugment
 
@@ -58,6 +64,64 @@ class FixMatch(Method):
         return self.head(self.encoder(images))
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixMatchCTAConfig(MethodConfig):
+    weak: Augment = Augment()  # flip, and a crop moved by an eighth of 32 pixels: section 2.3
+    strong: CTAugmentConfig = CTAugmentConfig()  # section 2.3
+    min_confidence: float = 0.95  # τ, table 4; 0.8 for runs of a few thousand steps
+    unlabelled_weight: float = 1.0  # λ_u, table 4
+    dropout: float = 0.0  # on the pooled features, fraction dropped
+    weak_no_grad: bool = False  # weak views in a pass of their own without gradient: saves a third of a step
+
+    def __post_init__(self) -> None:
+        check(self.min_confidence, self.unlabelled_weight, self.dropout)
+
+
+class FixMatchCTA(Method):
+    """FixMatch whose strong views are drawn by weights that follow what the average still recognises."""
+
+    Config = FixMatchCTAConfig
+    needs_average = True
+
+    def __init__(self, encoder: Encoder, config: FixMatchCTAConfig, *, classes: int, images: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.head = classifier(encoder.dim, classes, config.dropout)
+        self.policy = CTAugment(config.strong)
+        self.probed: list[tuple[Tensor, Tensor]] = []  # of this step, one a micro-batch; empty between steps
+
+    def views(self, pixels: int) -> tuple[View, ...]:
+        weak, strong = self.config.weak.build(pixels), self.policy.strong(pixels)
+        return View("labelled", weak, stream="labelled"), View("weak", weak), View("strong", strong)
+
+    def training_step(self, batch: Batch, progress: float) -> Losses:
+        average, label = self.average, batch["label"]
+        assert isinstance(average, FixMatchCTA), "the average was not lent: see Method.attach"
+        losses = fixmatch_losses(
+            *three_views(self, batch, weak_no_grad=self.config.weak_no_grad), label=label,
+            min_confidence=self.config.min_confidence, unlabelled_weight=self.config.unlabelled_weight,
+        )  # fmt: skip
+        probes, record = self.policy.probe(batch["labelled"], Draws(batch["labelled.key"]))
+        with torch.no_grad():
+            match = recognised(average.logits(probes).float().softmax(dim=1), label)
+        self.probed.append((record, match))
+        kept = (self.policy.rates() > 0).sum() / len(self.policy.weights)
+        return {**losses, "probes_recognised": match.mean(), "bins_kept": kept}
+
+    def on_step_end(self, progress: float) -> None:
+        if self.probed:
+            record, match = (torch.cat(parts) for parts in zip(*self.probed, strict=True))
+            self.policy.update(record, match)
+        self.probed = []
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, 3, H, W) in [0, 1]."""
+        return self.head(self.encoder(images))
+
+
 def check(min_confidence: float, unlabelled_weight: float, dropout: float) -> None:
     """Refuses what no configuration of this file may have."""
     if not 0 <= min_confidence <= 1:
@@ -68,7 +132,7 @@ def check(min_confidence: float, unlabelled_weight: float, dropout: float) -> No
         raise ValueError(f"dropout = {dropout}: must be in [0, 1)")
 
 
-def three_views(method: FixMatch, batch: Batch, *, weak_no_grad: bool) -> tuple[Tensor, ...]:
+def three_views(method: FixMatch | FixMatchCTA, batch: Batch, *, weak_no_grad: bool) -> tuple[Tensor, ...]:
     """Logits of the views "labelled", "weak" and "strong", by the live network in training mode.
 
     Usually one pass, so that batch norm sees all three. With `weak_no_grad` the weak views are normalised among

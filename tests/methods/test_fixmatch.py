@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
+from methods.ema import averaged_copy, update_average
 from methods.encoders import SmallCNN, SmallCNNConfig
-from methods.fixmatch import FixMatch, FixMatchConfig, fixmatch_losses
+from methods.fixmatch import FixMatch, FixMatchConfig, FixMatchCTA, FixMatchCTAConfig, fixmatch_losses
 from methods.supervised import Supervised, SupervisedConfig
+from methods.views.ctaugment import TOTAL, CTAugment, CTAugmentConfig, recognised
 from methods.views.draws import Draws
 from methods.views.strong import StrongAugment
 from orchestrator.training.optim import Optim
-from tests.methods.contract import batch_of, build, pictures
+from tests.methods.contract import batch_of, build, double, double_batch, pictures
 
 LABELLED = torch.tensor([[2.0, 0, 0], [0, 1, 0]], dtype=torch.float64)
 LABEL = torch.tensor([0, 2])
@@ -225,6 +230,136 @@ def test_the_papers_learning_rate_ends_at_a_cosine_of_seven_sixteenths_of_pi():
         ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(changes, message):
+@pytest.mark.parametrize("config", [FixMatchConfig, FixMatchCTAConfig])
+def test_what_cannot_be_meant_is_refused(config, changes, message):
     with pytest.raises(ValueError, match=message):
-        FixMatchConfig(**changes)
+        config(**changes)
+
+
+# with CTAugment
+
+
+def one_step(method, batch):
+    """What a step and its end make of the policy's weights."""
+    losses = method(batch, 0.0)
+    losses["loss"].backward()
+    assert (method.policy.weights == 1).all()  # not before the optimiser's step
+    method.on_step_end(0.0)
+    return method.policy.weights.clone()
+
+
+def shifted(network):
+    """The network with another opinion."""
+    with torch.no_grad():
+        network.head[-1].bias += torch.tensor([5.0, 0.0, 0.0])
+
+
+def test_the_weights_follow_what_the_average_recognises_of_the_labelled_images():
+    method = build(FixMatchCTA)
+    batch = batch_of(method)
+    probes, record = method.policy.probe(batch["labelled"], Draws(batch["labelled.key"]))
+    match = recognised(method.average.logits(probes).softmax(dim=1), batch["label"])
+    found = one_step(method, batch)
+    by_hand = CTAugment(CTAugmentConfig())
+    by_hand.update(record, match.detach())
+    torch.testing.assert_close(found, by_hand.weights)
+    touched = {place for place in record.flatten().tolist() if place < TOTAL}
+    assert touched and {place for place in range(TOTAL) if found[place] != 1} == touched
+
+
+def test_it_is_the_average_that_is_asked_without_a_gradient_and_not_the_live_network():
+    usual, other_average, other_live = (build(FixMatchCTA) for _ in range(3))
+    batch = batch_of(usual)
+    shifted(other_average.average)
+    shifted(other_live)
+    found = [one_step(method, batch) for method in (usual, other_average, other_live)]
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(parameter.grad is None for parameter in usual.average.parameters()) and not usual.average.training
+
+
+def test_unlabelled_images_and_training_views_do_not_move_the_weights():
+    found = []
+    for seed in (0, 7):
+        method = build(FixMatchCTA)
+        other = batch_of(method, seed)
+        found.append(one_step(method, batch_of(method) | {name: other[name] for name in ("weak", "strong")}))
+    assert torch.equal(*found)
+
+
+def test_micro_batches_move_the_weights_as_one_batch():
+    found = []
+    for parts in ([slice(None)], [slice(0, 2), slice(2, 4)]):
+        method = build(FixMatchCTA, norm="group")
+        batch = batch_of(method)
+        for part in parts:
+            method({name: value[part] for name, value in batch.items()}, 0.0)
+        method.on_step_end(0.0)
+        found.append(method.policy.weights.clone())
+    torch.testing.assert_close(*found)
+
+
+def test_a_step_end_without_a_step_changes_nothing():
+    method = build(FixMatchCTA)
+    method.on_step_end(0.0)
+    assert (method.policy.weights == 1).all()
+
+
+def test_both_forms_have_the_same_loss_of_the_same_views():
+    plain, learned = build(FixMatch, min_confidence=0.4), build(FixMatchCTA, min_confidence=0.4)
+    batch = batch_of(plain)
+    first, second = plain(batch, 0.0), learned(batch, 0.0)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert second["bins_kept"] == 1 and 0 < second["probes_recognised"] < 1
+
+
+class Training:
+    """The method with its average and its optimiser, as training has them; double, with group norm."""
+
+    def __init__(self):
+        self.method = double(FixMatchCTA, norm="group")
+        self.average = averaged_copy(self.method)
+        self.method.attach(average=self.average)
+        self.optimizer = torch.optim.SGD(self.method.parameters(), lr=0.05, momentum=0.9)
+
+    def run(self, steps, rows=slice(None), model=None):
+        for step in steps:
+            batch = double_batch(self.method, step, pictures(step, 8))
+            self.optimizer.zero_grad()
+            (model or self.method)({name: value[rows] for name, value in batch.items()}, 0.0)["loss"].backward()
+            self.optimizer.step()
+            self.method.on_step_end(0.0)
+            update_average(self.average, self.method, decay=0.9, step=step)
+        return self
+
+    def parts(self):
+        return self.method, self.average, self.optimizer
+
+
+def test_stopped_and_started_again_it_ends_bit_equal():
+    whole, first, second = Training().run(range(6)), Training().run(range(3)), Training()
+    for part, saved in zip(second.parts(), first.parts(), strict=True):
+        part.load_state_dict(copy.deepcopy(saved.state_dict()))
+    second.run(range(3, 6))
+    assert (whole.method.policy.weights != 1).sum() > 30
+    for one, two in zip(whole.parts()[:2], second.parts()[:2], strict=True):
+        for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    training = Training()
+    training.run(range(4), slice(4 * rank, 4 * rank + 4), DistributedDataParallel(training.method))
+    torch.save(training.method.state_dict(), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_end_in_the_same_weights_as_one(tmp_path):
+    mp.spawn(worker, (tmp_path,), nprocs=2)
+    alone = Training().run(range(4)).method.state_dict()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert (alone["policy.weights"] != 1).sum() > 20
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, atol=1e-6, rtol=1e-6)
+        assert torch.equal(first[name], second[name]), name
