@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.comparison import combine, exceeds, short_names
 from orchestrator.errors import UserError
-from orchestrator.recipe import parse
+from orchestrator.recipe import load, parse
 from orchestrator.report.html import write_report
 from orchestrator.run import execute, prepare
 from orchestrator.store import Store
@@ -169,3 +169,24 @@ def test_untrained_weights_differ_between_seeds_and_are_set_on_clean_images(tmp_
     first, second = (store.open_artifact(plan.key("arms.random.pretrain")).state() for plan in prepared.plans)
     assert (first["encoder.blocks.c1.0.weight"] != second["encoder.blocks.c1.0.weight"]).any()
     assert first["encoder.blocks.c1.1.running_var"].ne(1).all()  # as they are drawn, they would be 1
+
+
+TINY = (
+    "data.pixels=16", "data.labelled.from=digits/train", "data.labelled.per_class=1",
+    "data.unlabelled.from=digits/train", "data.test=digits/test", "resources.threads=1",
+    "stages.arms.stages.model.encoder.width=0.25", "stages.rounds.stages.model.encoder.width=0.25",
+    "stages.arms.stages.model.steps=4", "stages.rounds.stages.model.steps=4",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_semi_supervised_arm_learns_from_one_labelled_image_a_class(tmp_path):
+    recipe = load("compare-selftraining", TINY)
+    prepared = prepare(recipe, tmp_path, label="compare-selftraining")
+    result = execute(prepared, use_ray=False)
+    assert {stage["state"] for stage in result.stages} == {"ran"}
+    assert {arm["arm"] for arm in result.comparison["arms"]} == {
+        "supervised", "pseudo_labelling", "pi_model", "mean_teacher", "vat", "mixmatch", "uda", "remixmatch",
+        "fixmatch", "fixmatch_cta", "noisy_student",
+    }  # fmt: skip
+    assert all(0 <= arm["mean"] <= 1 and arm["n"] == 360 for arm in result.comparison["arms"])
