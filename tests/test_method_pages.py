@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from methods.views.policy import Augment
+from methods.views.strong import StrongAugment
 from orchestrator import cli
 from orchestrator.catalog import components, compositions, pages
 from orchestrator.component import validate
@@ -41,7 +42,7 @@ def module_of(component: dict[str, Any]) -> str:
 
 def config_of(name: str, page: str) -> type:
     """The configuration that a heading "Options of NAME" is about."""
-    shared = {"Augment": Augment, "Cluster": Cluster}
+    shared = {"Augment": Augment, "StrongAugment": StrongAugment, "Cluster": Cluster}
     return shared[name] if name in shared else getattr(importlib.import_module(f"methods.{page}"), name).Config
 
 
