@@ -83,6 +83,7 @@ class Method(nn.Module, ABC):
     skips_weights: ClassVar[bool] = False  # a step may leave some weights without a gradient
     needs_average: ClassVar[bool] = False  # reads `average`, so training must keep one
     needs_teacher: ClassVar[bool] = False  # reads `teacher`
+    teacher_dim: int | None = None  # of a teacher it reads the features, of this length; None: the logits
     average: Method | None = None  # lent by training: the moving average of this method, frozen, in eval mode
     teacher: Method | None = None  # lent by training: a given model, frozen, in eval mode
 

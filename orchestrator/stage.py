@@ -56,11 +56,18 @@ class Wiring:
 
 def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
     """What is wrong with inputs that must be classifiers of the data's own classes."""
-    return [
-        (f"inputs.{name}", f"tells {len(spoken)} other classes apart ({spoken[0]} ...), not the data's "
-         f"{len(wiring.classes)}: fine-tune it on labelled images first (init: ...)")
-        for name in names for spoken in wiring.vocabulary.get(name, ()) if spoken and spoken != wiring.classes
-    ]  # fmt: skip
+    advice = "fine-tune it on labelled images first (init: ...)"
+    found = []
+    for name in names:
+        for stage in wiring.stages.get(name, ()):
+            method = getattr(stage, "method", None)
+            if method is not None and not hasattr(method.cls, "logits"):
+                found.append((f"inputs.{name}", f"{method.cls.__name__} has features and no classifier: {advice}"))
+        for spoken in wiring.vocabulary.get(name, ()):
+            if spoken != wiring.classes:
+                other = f"{len(spoken)} other classes apart ({spoken[0]} ...)" if spoken else "no classes apart"
+                found.append((f"inputs.{name}", f"tells {other}, not the data's {len(wiring.classes)}: {advice}"))
+    return found
 
 
 def several_labels(stage: Stage, wiring: Wiring) -> list[tuple[str, str]]:

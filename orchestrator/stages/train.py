@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +22,7 @@ from orchestrator.component import Component
 from orchestrator.context import Context, Interrupted
 from orchestrator.data.images import Images
 from orchestrator.data.loader import Order
-from orchestrator.stage import Stage, Wiring
+from orchestrator.stage import Stage, Wiring, foreign
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import Stream, train_steps
 from orchestrator.training.norm import clean_images, clean_rows, reset_norm
@@ -124,6 +124,8 @@ class Train(Stage):
                 ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))
+        if method.needs_teacher:
+            found += self._teacher_problems(method, wiring)
         if method.needs_average and not self.ema:
             found.append(("ema", f"{self.ema}: {name} reads the average of its weights; use ema: 0.999"))
         if method.needs_distinct and self.accumulate > 1:
@@ -133,6 +135,27 @@ class Train(Stage):
                 found.append(
                     ("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label")
                 )
+        return found
+
+    def _teacher_problems(self, method: Method, wiring: Wiring) -> list[tuple[str, str]]:
+        if method.teacher_dim is None:
+            return [
+                (path, f"{message}, learn its features alone with EmbeddingDistillation, or give a model from "
+                 "elsewhere a class_map")
+                for path, message in foreign(replace(wiring, classes=self.vocabulary(wiring)), "teacher")
+            ]  # fmt: skip
+        found: list[tuple[str, str]] = []
+        for stage in wiring.stages.get("teacher", ()):
+            encoder: Component | None = getattr(stage, "encoder", None)
+            if encoder is None:  # somebody's own stage, which says nothing of its model
+                continue
+            with torch.device("meta"):
+                dim = encoder.cls(encoder.config).dim
+            if dim != method.teacher_dim:
+                found.append(
+                    ("method.teacher_dim", f"{method.teacher_dim}: the teacher's features have {dim} numbers; "
+                     f"use teacher_dim: {dim}")
+                )  # fmt: skip
         return found
 
     def resolved(self, wiring: Wiring) -> dict[str, Any]:

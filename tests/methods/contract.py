@@ -36,7 +36,8 @@ METHODS = list(every_method())
 def build(cls, norm="batch", images=BATCH, **changes):
     torch.manual_seed(0)
     encoder = SmallCNN(SmallCNNConfig(width=0.25, norm=norm))
-    return lend(cls(encoder, cls.Config(**changes), classes=CLASSES, images=images))
+    required = {"teacher_dim": 64} if cls.__name__ == "EmbeddingDistillation" else {}  # as of the teacher below
+    return lend(cls(encoder, cls.Config(**required | changes), classes=CLASSES, images=images))
 
 
 def lend(method):

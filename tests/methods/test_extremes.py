@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from methods.colorization import Colorization
+from methods.distillation import ForeignModel, VirtualTeacher
+from methods.embedding_distillation import EmbeddingDistillation
 from methods.fixmatch import FixMatch, FixMatchCTA
 from methods.inpainting import Inpainting, InpaintingConfig
 from methods.jigsaw import JigsawConfig
@@ -95,6 +97,8 @@ EVERYTHING = {"rotation": RotationConfig(), "jigsaw": JigsawConfig(), "inpaintin
 VARIANTS = [  # that compute something else than the defaults do
     (Colorization, {"form": "regression"}),
     (Colorization, {"form": "regression", "huber": True}),
+    (EmbeddingDistillation, {"projector": "linear", "distance": "mse"}),
+    (ForeignModel, {"outputs": 5, "groups": ((0, 4), (1,), (3,))}),
     (Inpainting, {"mask": "center"}),
     (Inpainting, {"mask": "blocks", "lambda_adv": 0.001}),
     (FixMatch, {"weak_no_grad": True, "min_confidence": 0.0}),
@@ -110,6 +114,7 @@ VARIANTS = [  # that compute something else than the defaults do
     (Rotation, {"turns": "one"}),
     (SimCLR, {"blur": True, "colour": "linear", "min_area": 0.001}),
     (Supervised, {"soft": True}),
+    (VirtualTeacher, {"softened": True}),
 ]
 
 
