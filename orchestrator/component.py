@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
@@ -63,16 +63,20 @@ def to_plain(config: Any) -> Any:
     return config
 
 
-def chosen(config: Any) -> Any:
+def chosen(config: Any, resolved: Mapping[str, Any] | None = None) -> Any:
     """As `to_plain`, without the fields that have their default: what enters a key.
 
     So an option that is added later leaves the answers of earlier runs valid. Whoever changes a default
     raises the `version` of the stages that read it.
+
+    Args:
+        resolved: plain values that stand in place of some fields of a dataclass.
     """
     if isinstance(config, Component):
         return {"use": config.use, **chosen(config.config)}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: chosen(v) for f in dataclasses.fields(config) if (v := getattr(config, f.name)) != _default(f)}
+        values = {f.name: (resolved or {}).get(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {f.name: chosen(v) for f in dataclasses.fields(config) if (v := values[f.name]) != _default(f)}
     if isinstance(config, dict):
         return {str(key): chosen(value) for key, value in config.items()}
     if isinstance(config, list | tuple):

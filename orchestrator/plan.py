@@ -78,14 +78,15 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         if found:
             continue
         drawn_from = stage_seed(recipe.seed + seed, node.round)
+        resolved = node.stage.resolved(wiring)
         question = {
             "stage": f"{type(node.stage).__module__}.{type(node.stage).__qualname__}", "version": node.stage.version,
-            "config": {**to_plain(node.stage), **node.stage.resolved(wiring)}, "seed": drawn_from,
+            "config": {**to_plain(node.stage), **resolved}, "seed": drawn_from,
             "inputs": {name: [_identity(target, recipe, data, planned) for target in targets]
                        for name, targets in sorted(node.inputs.items())},
             "classes": list(data.classes), "round": node.round,
         }  # fmt: skip
-        asked = {**question, "config": {**chosen(node.stage), **node.stage.resolved(wiring)}}
+        asked = {**question, "config": chosen(node.stage, resolved)}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
         planned[node.name] = Planned(node.name, node.stage, key, drawn_from, node.inputs, question,
                                      node.stage.work(wiring), node.round, node.group,
@@ -107,7 +108,7 @@ def _wiring(node: Node, recipe: Recipe, data: Data, planned: Mapping[str, Planne
         name: tuple(_vocabulary(target, recipe, data, planned) for target in targets)
         for name, targets in node.inputs.items() if name in stages
     }  # fmt: skip
-    return Wiring(images, stages, node.inputs, data.classes, recipe.data.pixels, spoken)
+    return Wiring(images, stages, node.inputs, data.classes, recipe.data.pixels, spoken, node.round)
 
 
 def _vocabulary(target: str, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Stage:
         return []
 
     def resolved(self, wiring: Wiring) -> dict[str, Any]:
-        """Choices left to rules, such as `precision: auto`, resolved: part of the key."""
+        """Choices left to rules, such as `precision: auto`, resolved: part of the key unless they are the default."""
         return {}
 
     def work(self, wiring: Wiring) -> dict[str, Any]:
@@ -52,6 +52,7 @@ class Wiring:
     classes: tuple[str, ...]
     pixels: int
     vocabulary: Mapping[str, tuple[tuple[str, ...], ...]]  # input name to the classes that those stages speak of
+    round: int | None = None
 
 
 def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
