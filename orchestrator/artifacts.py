@@ -94,19 +94,22 @@ class Checkpoint(Artifact):
 
 @dataclass(frozen=True)
 class Labels(Artifact):
-    """One round of the ledger, a row per unlabelled image in the order of its split."""
+    """One round of the ledger, a row per unlabelled image in the order of its split. `source` says where a row's label
+    comes from: "teacher", or the digest of `corrections.csv`, which then lies beside the table."""
 
     kind: ClassVar[str] = "Labels"
     SCHEMA: ClassVar[pa.Schema] = pa.schema([
         ("id", pa.string()), ("path", pa.string()), ("round", pa.int32()), ("teacher", pa.string()),
         ("class", pa.int32()), ("name", pa.string()), ("confidence", pa.float32()), ("margin", pa.float32()),
         ("entropy", pa.float32()), ("probabilities", pa.list_(pa.float32())), ("copies", pa.int32()),
-        ("reason", pa.string()), ("changed", pa.bool_()),
+        ("reason", pa.string()), ("changed", pa.bool_()), ("source", pa.string()),
     ])  # fmt: skip
 
     @staticmethod
-    def write(folder: Path, columns: dict[str, Any], facts: dict[str, Any]) -> Labels:
-        """Write the ledger's rows; `columns` by the names of SCHEMA."""
+    def write(folder: Path, columns: dict[str, Any], facts: dict[str, Any], corrections: str | None = None) -> Labels:
+        """Write the ledger's rows, `columns` by the names of SCHEMA, and the text of the corrections among them."""
+        if corrections is not None:
+            (folder / "corrections.csv").write_bytes(corrections.encode())
         pq.write_table(pa.table(columns, schema=Labels.SCHEMA), folder / "labels.parquet", compression="zstd")
         return Labels(folder, facts)
 
@@ -117,7 +120,17 @@ class Labels(Artifact):
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The rows, with the columns of SCHEMA."""
-        return pq.read_table(self.folder / "labels.parquet", columns=columns)
+        wanted = self.SCHEMA.names if columns is None else columns
+        with pq.ParquetFile(self.folder / "labels.parquet") as file:
+            table = file.read([name for name in wanted if name in file.schema_arrow.names])
+        if "source" in wanted and "source" not in table.column_names:  # written before there were corrections
+            table = table.append_column("source", pa.array(["teacher"] * len(table), pa.string()))
+        return table.select(wanted)
+
+    def corrections(self) -> bytes | None:
+        """The corrections among its rows, where there are any: the bytes of a CSV."""
+        path = self.folder / "corrections.csv"
+        return path.read_bytes() if path.exists() else None
 
     def probabilities(self) -> np.ndarray:
         """The teacher's distributions (N, K) float32."""

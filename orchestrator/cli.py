@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -193,35 +193,88 @@ def labels(
     ] = "latest",
     round: Annotated[int | None, typer.Option(help="Round, from 0; left out, the last.")] = None,
     name: Annotated[str | None, typer.Option("--class", help="Only images the teacher takes for this class.")] = None,
-    uncertain: Annotated[int | None, typer.Option(help="Only the N least confident.")] = None,
+    uncertain: Annotated[int | None, typer.Option(min=1, help="Only the N least confident.")] = None,
     kept: Annotated[
         bool | None, typer.Option("--kept/--left-out", help="Only images the student learned from, or not.")
     ] = None,
     changed: Annotated[
-        bool, typer.Option("--changed", help="Only images whose label changed since the round before.")
+        bool, typer.Option("--changed", help="Only images of another class than in the round before, or --against.")
     ] = False,
+    flips: Annotated[
+        int | None, typer.Option(min=1, help="Only the N that changed class in the most rounds, with their history.")
+    ] = None,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="What changed since the round before, or --against: class by class.")
+    ] = False,
+    against: Annotated[
+        int | None, typer.Option(help="The round that --diff and --changed compare with.", metavar="ROUND")
+    ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Write the images into this new folder by class, with labels.csv.")
+        Path | None, typer.Option(help="Write the images into this new folder by class, with labels.csv to correct.")
+    ] = None,
+    corrections: Annotated[
+        list[Path] | None,
+        typer.Option(help="Take a corrected labels.csv back; says how the next round uses it.", metavar="FILE"),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Which of several stages, such as students.pseudo or seed-1/students.pseudo.")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """The pseudo-labels of a run: who was taken for what, how surely, and what came of it."""
+    """The pseudo-labels of a run: who was taken for what, how surely, what came of it; what people say against it."""
     from orchestrator import ledger
     from orchestrator.store import Store
 
+    shows = {"--diff": diff, "--export": export is not None, "--corrections": bool(corrections)}
+    if sum(shows.values()) > 1:
+        raise UserError(f"{' and '.join(name for name, given in shows.items() if given)}: give one of them")
+    if against is not None and not (diff or changed):
+        raise UserError(f"--against {against}: add --diff or --changed")
     folder = _find_run(store, run)
     opened = Store.open(store)
-    table, number = ledger.read(opened, folder, round)
-    table = ledger.filter_rows(table, name=name, uncertain=uncertain, kept=kept, changed=changed)
-    if export is not None:
+    book = ledger.open_ledger(opened, folder, stage)
+    if corrections:
+        review = ledger.take_back(book, corrections, round)
+        _say(review.json() if as_json else review.lines)
+        return
+    number = book.number(round)
+    other = book.before(number, against) if diff or changed else None
+    before = book.labels(other).table() if other is not None else None
+    table = ledger.filter_rows(
+        book.labels(number).table(), name=name, uncertain=uncertain, kept=kept, before=before if changed else None
+    )
+    history: list[dict[str, Any]] = [{}] * len(table)
+    if flips is not None:
+        table, history = ledger.flipped(book.tables(), table, flips)
+    if diff and before is not None and other is not None:
+        found = ledger.compare(before, table)
+        _say(
+            {"round": number, "against": other, **found.json()}
+            if as_json else ledger.difference_lines(found, book.title(number), other)
+        )  # fmt: skip
+    elif export is not None:
         count = ledger.export(opened, folder, table, export)
-        print(f"{count} images of round {number} in {export}, with labels.csv")
+        _say(
+            {"round": number, "images": count, "folder": str(export)}
+            if as_json else [f"{count} images of {book.title(number)} in {export}, with labels.csv"]
+        )  # fmt: skip
     elif as_json:
-        _print_json({"round": number, "rows": table.drop_columns(["probabilities"]).to_pylist()})
+        rows = table.drop_columns(["probabilities"]).to_pylist()
+        _say({"round": number, "rows": [{**row, **more} for row, more in zip(rows, history, strict=True)]})
+    elif flips is not None:
+        _say(ledger.flip_lines(table, history, book.title(number)))
     else:
-        for line in ledger.lines(table, number):
-            print(line)
+        _say(ledger.lines(table, book.title(number)))
+
+
+def _say(answer: dict[str, Any] | Iterable[str]) -> None:
+    """JSON of an object, or lines."""
+    if isinstance(answer, dict):
+        _print_json(answer)
+        return
+    for line in answer:
+        print(line)
 
 
 @app.command()

@@ -199,10 +199,12 @@ def headline(kind: str, facts: Mapping[str, Any]) -> str:
     if kind == "PseudoLabel" and facts:
         sure = facts.get("holdout_precision")
         changed = f", {facts['changed']:,} changed" if "changed" in facts else ""
+        by_hand = f", {facts['corrected'] + facts['dropped']:,} by hand" if "corrected" in facts else ""
         return (
             f"kept {facts['kept']:,} of {facts['images']:,}"
             + (f", {100 * sure:.1f} % right on the hold-out" if sure else "")
             + changed
+            + by_hand
         )
     if kind == "Gate" and facts:
         return f"{facts['action']}: {facts['reason']}"

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from methods.metrics import paired_bootstrap, wilson_interval
-from orchestrator.artifacts import Decision, Verdict
+from orchestrator import ledger
+from orchestrator.artifacts import Decision, Labels, Verdict
 from orchestrator.report import figures
 from orchestrator.report.content import (
     INTERVAL,
@@ -27,7 +28,17 @@ from orchestrator.report.content import (
     points,
     points_interval,
 )
-from orchestrator.report.reading import Arm, Predictions, RunFacts, arms_of, describe, ends, predictions_of, teachers_of
+from orchestrator.report.reading import (
+    Arm,
+    Predictions,
+    RunFacts,
+    StageFacts,
+    arms_of,
+    describe,
+    ends,
+    predictions_of,
+    teachers_of,
+)
 from orchestrator.stages.judge import STUDENT_T, combine
 
 BINS = 15  # of confidence, those of the calibration error
@@ -79,6 +90,10 @@ def verdict(run: RunFacts, judges: Sequence[Judged]) -> Section | None:
         section.blocks.extend(_several(run, judge) if len(judge.verdicts) > 1 else [_scores(judge)])
         if len(judge.arms) > 1:
             section.blocks.append(_parts(run, judge))
+    by_hand = max((labels.facts.get("corrected", 0) for _, labels in run.stored("PseudoLabel", Labels)), default=0)
+    if by_hand:
+        told = f"{by_hand:,} pseudo-labels were corrected by hand: the gain holds them, the baseline had none of them."
+        section.blocks.append(Text(told, "note"))
     return section
 
 
@@ -189,6 +204,7 @@ def rounds(run: RunFacts, judges: Sequence[Judged]) -> Section | None:
         gates = [(s.round or 0, s.artifact.facts) for s in stages if isinstance(s.artifact, Decision)]
         if gates:
             section.blocks.extend(_gates(group, gates, tested))
+        section.blocks.extend(_labels(stages))
         if not any(facts["action"] == "stopped" for _, facts in gates):  # a gate has said why, a guard has not
             section.blocks.extend(Text(f"{note[:1].upper()}{note[1:]}.", "note") for note in ends(stages))
     return section if section.blocks else None
@@ -216,6 +232,47 @@ def _gates(group: str, gates: Sequence[tuple[int, Mapping[str, Any]]], tested: M
     caption = (f"{group}: accuracy of the first teacher and of each round's student, 95 % Wilson intervals; "
                f"{', '.join(sizes)}.{hollow}{gate}")  # fmt: skip
     return [Figure(svg, caption, Table(header, rows, "l" + "rr" * len(series))), Lines(lines)]
+
+
+def _labels(stages: Sequence[StageFacts]) -> list[Block]:
+    """How the pseudo-labels changed from round to round, and what people said against them."""
+    found: dict[str, dict[int, Labels]] = {}
+    for stage in stages:
+        if stage.kind == "PseudoLabel" and isinstance(stage.artifact, Labels):
+            found.setdefault(stage.name.rpartition(".")[2], {})[stage.round or 0] = stage.artifact
+    blocks: list[Block] = []
+    for name, rounds in found.items():
+        by_hand = any("corrected" in labels.facts for labels in rounds.values())
+        if len(rounds) < 2 and not by_hand:
+            continue
+        tables = {number: labels.table(["id", "name", "copies"]) for number, labels in rounds.items()}
+        rows = []
+        for number, labels in rounds.items():
+            row, before = [f"round {number}", f"{len(tables[number]):,}"], tables.get(number - 1)
+            if before is None:
+                row += ["", "", ""]
+            else:
+                change = ledger.compare(before, tables[number])
+                share = f" ({percent(change.changed / change.images)})" if change.images else ""
+                row += [f"{change.changed:,}{share}", f"{change.newly_kept:,}", f"{change.newly_left_out:,}"]
+            if by_hand:
+                row += [str(labels.facts.get(part, "")) for part in ("corrected", "teacher_agrees", "dropped")]
+            rows.append(row)
+        header = ["pseudo-labels", "images", "of another class", "left out → kept", "kept → left out"]
+        caption = f"{name}: what changed since the round before.{_often(tables)}"
+        if by_hand:
+            header += ["corrected by hand", "its teacher agrees", "dropped by hand"]
+            caption += " Its teacher agrees: corrected images that the round's teacher takes for the same class."
+        blocks.append(Table(header, rows, "l" + "r" * (len(header) - 1), caption))
+    return blocks
+
+
+def _often(tables: Mapping[int, Any]) -> str:
+    """How many images changed their class again and again; worth saying from the third round on."""
+    if len(tables) < 3:
+        return ""
+    flips = np.bincount(ledger.flips(tables, tables[max(tables)]), minlength=3)
+    return f" Over all rounds {flips[1]:,} images changed class once, {flips[2:].sum():,} more than once."
 
 
 def _spelled(value: tuple[float, float, float] | None) -> tuple[str, str]:

@@ -85,5 +85,5 @@ class Cluster(Stage):
             "class": label.numpy().astype("int32"), "name": [f"cluster {k}" for k in label.tolist()],
             "confidence": [1.0] * count, "margin": [None] * count, "entropy": [None] * count,
             "probabilities": [None] * count, "copies": [1] * count, "reason": [REASONS[0]] * count,
-            "changed": [None] * count,
+            "changed": [None] * count, "source": ["teacher"] * count,
         }  # fmt: skip

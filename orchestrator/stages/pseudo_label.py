@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,8 +15,13 @@ from torch import Tensor
 from methods.selection import REASONS, Selection, select
 from orchestrator.artifacts import Checkpoint, Labels
 from orchestrator.context import Context
+from orchestrator.corrections import Corrections, read
 from orchestrator.data.images import Images
 from orchestrator.stage import Stage, StopRound, Wiring, foreign
+
+CORRECTED, DROPPED = "corrected by hand", "dropped by hand"
+TEACHER = -1  # in place of a class: nobody looked, the teacher's label holds
+NO_CLASS = -2  # in place of a class: somebody looked, the image is to be left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,9 @@ class PseudoLabel(Stage):
 
     Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the most
     confident images of every predicted class are taken instead (`guard: adapt`), or the rounds end (`guard: stop`).
+    `corrections` names a reviewed file, see `orchestrator labels --corrections`. A round applies what it says of the
+    rounds before: an image that got a class by hand has it with probability 1 and is always kept, one that was dropped
+    never is. The key holds those rows, so that a review of one round leaves the answers up to that round as they are.
     """
 
     min_confidence: float = 0.3  # the paper's threshold for soft labels; 0.8 and more suits hard ones
@@ -31,6 +42,7 @@ class PseudoLabel(Stage):
     max_class_share: float = 0.8  # of the kept images; with two classes or fewer only 1 is too much
     adapt_share: float = 0.2  # of each predicted class's images, taken by the guard
     guard: Literal["adapt", "stop"] = "adapt"
+    corrections: str | None = None  # path of a CSV
 
     def __post_init__(self) -> None:
         for name in ("min_confidence", "max_class_share", "adapt_share"):
@@ -44,7 +56,35 @@ class PseudoLabel(Stage):
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         if any(len(images) == 0 for images in wiring.images.get("images", ())):
             return [("inputs.images", "has no images: there is nothing to label")]
-        return foreign(wiring, "teacher")
+        return foreign(wiring, "teacher") or self._wrong_corrections(wiring)
+
+    def resolved(self, wiring: Wiring) -> dict[str, Any]:
+        given = self._given(wiring.classes, wiring.round)
+        return {"corrections": given.digest if given.rows else None}
+
+    @functools.cached_property
+    def _content(self) -> bytes:
+        """The file, read once: what the key was made of is what is applied."""
+        return Path(self.corrections).read_bytes() if self.corrections else b""
+
+    def _given(self, classes: Sequence[str], number: int | None) -> Corrections:
+        """What a round may use; outside of rounds everything."""
+        if not self.corrections:
+            return Corrections({}, tuple(classes))
+        return read({self.corrections: self._content}, classes)[0].before(number)
+
+    def _wrong_corrections(self, wiring: Wiring) -> list[tuple[str, str]]:
+        if not self.corrections:
+            return []
+        try:
+            _, problems = read({self.corrections: self._content}, wiring.classes)
+        except OSError as error:
+            return [("corrections", f"{self.corrections}: cannot be read ({error.strerror})")]
+        given = self._given(wiring.classes, wiring.round).decisions()
+        ids = {key for images in wiring.images.get("images", ()) for key in images.ids.tolist()}
+        if given and not problems and not ids & given.keys():
+            problems = [f"{self.corrections}: none of its {len(given)} images is among the unlabelled ones"]
+        return [("corrections", problem) for problem in problems]
 
     def work(self, wiring: Wiring) -> dict[str, Any]:
         return {"images": sum(len(images) for images in wiring.images["images"])}
@@ -53,13 +93,24 @@ class PseudoLabel(Stage):
         self, context: Context, *, teacher: Checkpoint, images: Images, previous: Labels | None = None,
         holdout: Images | None = None,
     ) -> Labels:  # fmt: skip
-        probability = context.predict(teacher, images)
+        predicted = context.predict(teacher, images)
         facts: dict[str, Any] = {"images": len(images), "teacher": teacher.key}
-        chosen = select(
-            probability, min_confidence=self.min_confidence, per_class=self.per_class, balance=self.balance,
-            draws=context.draws(1, len(images)),
-        )  # fmt: skip
-        trouble = self._trouble(chosen, probability)
+        given = self._given(context.classes, context.round)
+        by_hand = _by_hand(given, images)
+        corrected = by_hand >= 0
+        probability = predicted.clone()
+        probability[corrected] = torch.eye(predicted.shape[1])[by_hand[corrected]]
+        draws = context.draws(1, len(images))
+        score = probability * torch.where(corrected, 2, 1)[:, None]  # above what a teacher says: no limit drops it
+
+        def confident(rows: Tensor) -> Selection:
+            return select(
+                score[rows], min_confidence=self.min_confidence, per_class=self.per_class, balance=self.balance,
+                draws=draws[rows],
+            )  # fmt: skip
+
+        chosen = _with_hands(confident, by_hand)
+        trouble = self._trouble(chosen, probability, predicted)
         facts["guard"] = trouble
         if trouble and self.guard == "stop":
             raise StopRound(f"{trouble}; lower min_confidence, train the teacher longer, or set guard: adapt")
@@ -67,18 +118,21 @@ class PseudoLabel(Stage):
             context.notice(
                 f"{trouble}: took the most confident {self.adapt_share:.0%} of every predicted class instead"
             )
-            chosen = self._most_confident(probability)
-        facts |= self._health(probability, chosen)
+            chosen = _with_hands(lambda rows: self._most_confident(score[rows]), by_hand)
+        facts |= self._health(probability, chosen) | {"mean_confidence": float(predicted.max(dim=1).values.mean())}
         if holdout is not None:
             facts |= self._precision(context.predict(teacher, holdout), holdout)
-        return Labels.write(
-            context.output, self._rows(context, teacher, images, probability, chosen, previous, facts), facts
-        )
+        if given.rows:
+            facts |= _reviewed(given, by_hand, predicted)
+            if facts["corrections_absent"]:
+                context.notice(f"{facts['corrections_absent']} of the corrected images are not among these images")
+        rows = self._rows(context, teacher, images, probability, chosen, by_hand, previous, facts)
+        return Labels.write(context.output, rows, facts, given.text if given.rows else None)
 
-    def _trouble(self, chosen: Selection, probability: Tensor) -> str | None:
+    def _trouble(self, chosen: Selection, probability: Tensor, predicted: Tensor) -> str | None:
         kept = chosen.copies > 0
         if int(kept.sum()) < self.min_kept:
-            top = probability.max(dim=1).values
+            top = predicted.max(dim=1).values
             return (f"only {int(kept.sum())} of {len(kept)} images reach min_confidence {self.min_confidence} (the "
                     f"most confident has {float(top.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
         share = torch.bincount(probability.argmax(dim=1)[kept], minlength=probability.shape[1]).max() / kept.sum()
@@ -102,7 +156,6 @@ class PseudoLabel(Stage):
         classes = probability.shape[1]
         return {
             "kept": int(kept.sum()), "kept_share": float(kept.float().mean()), "copies": int(chosen.copies.sum()),
-            "mean_confidence": float(probability.max(dim=1).values.mean()),
             "predicted_by_class": torch.bincount(label, minlength=classes).tolist(),
             "kept_by_class": torch.bincount(label[kept], minlength=classes).tolist(),
         }  # fmt: skip
@@ -116,7 +169,7 @@ class PseudoLabel(Stage):
 
     def _rows(
         self, context: Context, teacher: Checkpoint, images: Images, probability: Tensor, chosen: Selection,
-        previous: Labels | None, facts: dict[str, Any],
+        by_hand: Tensor, previous: Labels | None, facts: dict[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
         top = probability.topk(2, dim=1)
         label = top.indices[:, 0].numpy().astype("int32")
@@ -127,12 +180,45 @@ class PseudoLabel(Stage):
             changed = np.array([None if before.get(i) is None else before[i] != k for i, k in
                                 zip(images.ids.tolist(), label.tolist(), strict=True)], dtype=object)  # fmt: skip
             facts["changed"] = int(sum(bool(value) for value in changed))
+        reasons = (*REASONS, CORRECTED, DROPPED)
+        sources = ("teacher", facts.get("corrections", ""))
         return {
             "id": images.ids.tolist(), "path": [images.where(row) for row in range(len(images))],
             "round": [context.round or 0] * len(label), "teacher": [teacher.key] * len(label), "class": label,
             "name": [images.classes[k] for k in label], "confidence": top.values[:, 0].numpy(),
             "margin": (top.values[:, 0] - top.values[:, 1]).numpy(),
             "entropy": torch.special.entr(probability).sum(dim=1).numpy(), "probabilities": list(probability.numpy()),
-            "copies": chosen.copies.numpy().astype("int32"), "reason": [REASONS[r] for r in chosen.reason.tolist()],
-            "changed": changed.tolist(),
+            "copies": chosen.copies.numpy().astype("int32"), "reason": [reasons[r] for r in chosen.reason.tolist()],
+            "changed": changed.tolist(), "source": [sources[k] for k in (by_hand != TEACHER).long().tolist()],
         }  # fmt: skip
+
+
+def _by_hand(given: Corrections, images: Images) -> Tensor:
+    """(N,) int64: the class an image got by hand, TEACHER or NO_CLASS."""
+    place = {name: k for k, name in enumerate(images.classes)}
+    decided = {key: NO_CLASS if name is None else place[name] for key, name in given.decisions().items()}
+    return torch.tensor([decided.get(key, TEACHER) for key in images.ids.tolist()], dtype=torch.long)
+
+
+def _with_hands(choose: Callable[[Tensor], Selection], by_hand: Tensor) -> Selection:
+    """What `choose` says of the rows that nobody dropped; those that got a class by hand are kept whatever it says."""
+    rows = (by_hand != NO_CLASS).nonzero()[:, 0]
+    copies = torch.zeros_like(by_hand)
+    reason = torch.full_like(by_hand, len(REASONS) + 1)
+    found = choose(rows)
+    copies[rows], reason[rows] = found.copies, found.reason
+    corrected = by_hand >= 0
+    copies[corrected] = copies[corrected].clamp(min=1)
+    reason[corrected] = len(REASONS)
+    return Selection(copies, reason)
+
+
+def _reviewed(given: Corrections, by_hand: Tensor, predicted: Tensor) -> dict[str, Any]:
+    """`teacher_agrees`: of the images that got a class by hand, those that this round's teacher takes for the same."""
+    corrected = by_hand >= 0
+    agrees = predicted[corrected].argmax(dim=1) == by_hand[corrected]
+    return {
+        "corrections": given.digest, "corrected": int(corrected.sum()), "dropped": int((by_hand == NO_CLASS).sum()),
+        "teacher_agrees": int(agrees.sum()),
+        "corrections_absent": len(given.decisions()) - int((by_hand != TEACHER).sum()),
+    }  # fmt: skip
