@@ -106,7 +106,11 @@ class Context:
 
     def predict(self, checkpoint: Checkpoint, images: Images) -> Tensor:
         """Class probabilities (N, K) float32 of a classifier without any noise: eval mode, whole images."""
-        return self._forward(checkpoint, images, "logits").softmax(dim=1)
+        return self.logits(checkpoint, images).softmax(dim=1)
+
+    def logits(self, checkpoint: Checkpoint, images: Images) -> Tensor:
+        """As `predict`, before the softmax."""
+        return self._forward(checkpoint, images, "logits")
 
     def extract(self, checkpoint: Checkpoint, images: Images) -> Tensor:
         """Features (N, dim) float32, rows in the order of the images; kept for the run's other stages."""

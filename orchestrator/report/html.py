@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.report import compared, judgement, learning, record
+from orchestrator.report import compared, health, judgement, learning, record
 from orchestrator.report.content import Section
 from orchestrator.report.gallery import Pictures
 from orchestrator.report.reading import RunFacts, read_run
@@ -38,7 +38,7 @@ def sections_of(run: RunFacts, store: Store) -> list[Section]:
     pictures = Pictures.open(store, run.recipe, next(iter(run.seeds)), wanted) if wanted else Pictures({})
     found = (
         judgement.verdict(run, judges), compared.comparison(run),
-        judgement.rounds(run, judges), learning.curves(run), learning.ledger(run),
+        judgement.rounds(run, judges), learning.curves(run), health.health(run), learning.ledger(run),
         judgement.classes(run, judges), judgement.calibration(run, judges),
         learning.galleries(albums, pictures, run.head["pixels"]), learning.probes(run), record.cost(run),
         record.data(run), record.reproduce(run),

@@ -29,6 +29,7 @@ from orchestrator.report.content import (
 from orchestrator.report.gallery import SIDE, Album, Pictures, Wanted, shown_pixels
 from orchestrator.report.judgement import Judged
 from orchestrator.report.reading import RunFacts, StageFacts, describe, ends
+from orchestrator.training.health import PREFIX
 
 CURVE_POINTS = 120  # a longer curve is drawn, and its numbers shown, as means of equal parts
 GALLERY = 24  # pictures
@@ -83,6 +84,7 @@ def _numbers(step: np.ndarray, series: Mapping[str, np.ndarray]) -> Table:
 def _curve_table(checkpoint: Checkpoint) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
     """Steps (P,), values by name (P,), nan where nothing was logged, and how many logged steps a point stands for."""
     table = checkpoint.curves()
+    table = table.filter(pc.invert(pc.starts_with(table["name"], PREFIX)))  # those have a section of their own
     all_steps, names = table["step"].to_numpy(), np.array(table["name"].to_pylist(), dtype=object)
     values = table["value"].to_numpy()
     step = np.unique(all_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from orchestrator.context import Context
 from orchestrator.corrections import Corrections, read
 from orchestrator.data.images import Images
 from orchestrator.stage import Stage, StopRound, Wiring, foreign
+from orchestrator.training import health
 
 CORRECTED, DROPPED = "corrected by hand", "dropped by hand"
 TEACHER = -1  # in place of a class: nobody looked, the teacher's label holds
@@ -30,6 +31,9 @@ class PseudoLabel(Stage):
 
     Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the most
     confident images of every predicted class are taken instead (`guard: adapt`), or the rounds end (`guard: stop`).
+    With a hold-out also: labels no better than guesses, less often right than in the round before, or given to images
+    unlike the hold-out, are a warning (`adapt`) or end the rounds (`stop`).
+
     `corrections` names a reviewed file, see `orchestrator labels --corrections`. A round applies what it says of the
     rounds before: an image that got a class by hand has it with probability 1 and is always kept, one that was dropped
     never is. The key holds those rows, so that a review of one round leaves the answers up to that round as they are.
@@ -42,10 +46,14 @@ class PseudoLabel(Stage):
     max_class_share: float = 0.8  # of the kept images; with two classes or fewer only 1 is too much
     adapt_share: float = 0.2  # of each predicted class's images, taken by the guard
     guard: Literal["adapt", "stop"] = "adapt"
+    max_precision_drop: float = 0.1  # of hold-out pseudo-labels under the round before; these three are a warning
+    min_skill: float = 0.2  # of hold-out pseudo-labels, (precision - chance) / (1 - chance)
+    max_unlike: float = 0.25  # of the unlabelled images that are unlike the hold-out
     corrections: str | None = None  # path of a CSV
 
     def __post_init__(self) -> None:
-        for name in ("min_confidence", "max_class_share", "adapt_share"):
+        shares = ("min_confidence", "max_class_share", "adapt_share", "max_precision_drop", "min_skill", "max_unlike")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be in [0, 1]")
         if self.per_class is not None and self.per_class <= 0:
@@ -93,7 +101,8 @@ class PseudoLabel(Stage):
         self, context: Context, *, teacher: Checkpoint, images: Images, previous: Labels | None = None,
         holdout: Images | None = None,
     ) -> Labels:  # fmt: skip
-        predicted = context.predict(teacher, images)
+        logits = context.logits(teacher, images)
+        predicted = logits.softmax(dim=1)
         facts: dict[str, Any] = {"images": len(images), "teacher": teacher.key}
         given = self._given(context.classes, context.round)
         by_hand = _by_hand(given, images)
@@ -120,8 +129,14 @@ class PseudoLabel(Stage):
             )
             chosen = _with_hands(lambda rows: self._most_confident(score[rows]), by_hand)
         facts |= self._health(probability, chosen) | {"mean_confidence": float(predicted.max(dim=1).values.mean())}
-        if holdout is not None:
-            facts |= self._precision(context.predict(teacher, holdout), holdout)
+        if holdout is not None and holdout.labelled.any():
+            first = not context.round  # later teachers trained on these images
+            facts |= self._on_holdout(logits, context.logits(teacher, holdout), holdout, first)
+            facts["warnings"] = self._warnings(facts, previous)
+            if facts["warnings"] and self.guard == "stop":
+                raise StopRound("; ".join(facts["warnings"]))
+            for line in facts["warnings"]:
+                context.notice(line)
         if given.rows:
             facts |= _reviewed(given, by_hand, predicted)
             if facts["corrections_absent"]:
@@ -160,12 +175,39 @@ class PseudoLabel(Stage):
             "kept_by_class": torch.bincount(label[kept], minlength=classes).tolist(),
         }  # fmt: skip
 
-    def _precision(self, probability: Tensor, holdout: Images) -> dict[str, Any]:
-        confidence, label = probability.max(dim=1)
-        sure = (confidence >= self.min_confidence) & torch.from_numpy(holdout.labelled.copy())
-        right = label == torch.from_numpy(holdout.label.copy())
-        return {"holdout_accepted": int(sure.sum()),
-                "holdout_precision": float(right[sure].float().mean()) if sure.any() else None}  # fmt: skip
+    def _on_holdout(self, unlabelled: Tensor, logits: Tensor, holdout: Images, first: bool) -> dict[str, Any]:
+        """How good the teacher's labels are where the truth is known, and whether the pool looks like those images."""
+        known = torch.from_numpy(holdout.labelled.copy())
+        label = torch.from_numpy(holdout.label.copy())[known]
+        found = health.pseudo_labels(logits[known].softmax(dim=1), label, min_confidence=self.min_confidence)
+        by_class = health.by_class(found, holdout.classes)
+        inside, outside = health.energy(logits[known]), health.energy(unlabelled)
+        return {
+            **{f"holdout_{name}": found[name] for name in ("images", "accepted", "precision", "acceptance", "accuracy",
+                                                           "chance", "by_class")},
+            "holdout_acceptance_of": by_class["acceptance"], "holdout_precision_of": by_class["precision"],
+            "calibration_error": found["calibration_error"], "energy_holdout": float(inside.mean()),
+            "energy_unlabelled": float(outside.mean()), "high_energy_share": health.high_energy_share(outside, inside),
+            "unlike_holdout": health.unlike(outside, inside, either=first),
+        }  # fmt: skip
+
+    def _warnings(self, facts: Mapping[str, Any], previous: Labels | None) -> list[str]:
+        """What the hold-out says against learning from these labels. Fewer of them would not mend it, so `adapt` does
+        not either."""
+        held = {name: facts[f"holdout_{name}"] for name in ("images", "accepted", "precision", "accuracy", "chance")}
+        found = [
+            health.no_skill(held, self.min_skill),
+            health.foreign_pool(facts["unlike_holdout"], facts["images"], held["images"], self.max_unlike),
+        ]
+        before = {} if previous is None else previous.facts
+        best, then = before.get("holdout_precision"), before.get("holdout_accuracy", 1.0)
+        lower = best is not None and health.fell(held["precision"], held["accepted"], best, self.max_precision_drop)
+        if lower and held["accuracy"] <= then:
+            found.append(
+                f"{held['precision']:.1%} of the hold-out's pseudo-labels are right, in the round before {best:.1%}: "
+                "the teacher got worse; raise min_confidence, let a gate read the hold-out, or end the rounds earlier"
+            )
+        return [line for line in found if line]
 
     def _rows(
         self, context: Context, teacher: Checkpoint, images: Images, probability: Tensor, chosen: Selection,

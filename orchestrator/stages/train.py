@@ -22,8 +22,9 @@ from orchestrator.component import Component
 from orchestrator.context import Context, Interrupted
 from orchestrator.data.images import Images
 from orchestrator.data.loader import Order
-from orchestrator.stage import Stage, Wiring, foreign
+from orchestrator.stage import Stage, StopRound, Wiring, foreign
 from orchestrator.training import checkpoint as training_state
+from orchestrator.training.health import Guard, Limits, Watch, is_classifier
 from orchestrator.training.loop import Stream, train_steps
 from orchestrator.training.norm import clean_images, clean_rows, reset_norm
 from orchestrator.training.optim import Optim
@@ -53,6 +54,8 @@ class Train(Stage):
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # parts a batch is split into where memory is short
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    guard: Guard = "warn"  # when self-training looks ill: say so; lower a threshold that nothing reaches; or end it
+    limits: Limits = Limits()  # of what is healthy
 
     takes_several: ClassVar[frozenset[str]] = frozenset({"images"})  # reads no labels of theirs
 
@@ -124,6 +127,7 @@ class Train(Stage):
                 ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))
+        found += self._unfit_for_health(method, wiring)
         if method.needs_teacher:
             found += self._teacher_problems(method, wiring)
         if method.needs_average and not self.ema:
@@ -135,6 +139,20 @@ class Train(Stage):
                 found.append(
                     ("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label")
                 )
+        return found
+
+    def _unfit_for_health(self, method: Method, wiring: Wiring) -> list[tuple[str, str]]:
+        found, name = [], type(method).__name__
+        if self.guard == "adapt" and getattr(self.method.config, "min_confidence", None) is None:
+            found.append(("guard", f"adapt lowers min_confidence, which {name} does not have; use warn or stop"))
+        if "holdout" not in {*wiring.images, *wiring.stages}:
+            return found
+        if not is_classifier(method):
+            found.append(("inputs.holdout", f"{name} tells no classes apart, so it measures nothing; leave it out"))
+        elif self.vocabulary(wiring) != wiring.classes:
+            found.append(("inputs.holdout", "has labels of other classes than those that are learned; leave it out"))
+        elif not any(images.labelled.any() for images in wiring.images.get("holdout", ())):
+            found.append(("inputs.holdout", "has no labels, so it measures nothing"))
         return found
 
     def _teacher_problems(self, method: Method, wiring: Wiring) -> list[tuple[str, str]]:
@@ -191,8 +209,15 @@ class Train(Stage):
     def run(
         self, context: Context, *, labelled: Images | None = None, images: Images | None = None,
         labels: Labels | None = None, init: Checkpoint | None = None, teacher: Checkpoint | None = None,
+        holdout: Images | None = None,
     ) -> Checkpoint:  # fmt: skip
-        job = Fit(self, context, labelled, images, labels, init, teacher)
+        heard: list[str] = []  # other processes cannot be heard: what they would have said stands in their checkpoint
+
+        def notice(line: str) -> None:
+            heard.append(line)
+            context.notice(line)
+
+        job = Fit(self, replace(context, notice=notice), labelled, images, labels, init, teacher, holdout)
         earlier = training_state.load(context.workdir)
         if context.workers is not None:
             context.workers.fit(job)
@@ -202,13 +227,21 @@ class Train(Stage):
         if state is None:
             raise RuntimeError(f"{context.workdir}: the finished training left no checkpoint")
         context.computing += state["seconds"] - (earlier["seconds"] if earlier else 0.0)
+        watched = state.get("health")
+        said = [line for _, _, line in watched["said"]] if watched else []
+        for line in said:
+            if line not in heard:
+                context.notice(line)
+        if watched and watched["stopped"]:
+            raise StopRound(f"{'; '.join(said)}; its checkpoint is kept")
         weights = state["average"] or state["method"]
         return Checkpoint.write(
             context.output, state=weights, encoder=self.encoder, method=self.method, classes=job.classes,
             images=job.unlabelled,
             pixels=state["pixels"], precision=state["precision"], curves=[tuple(row) for row in state["curves"]],
             facts={"steps": state["step"], "images_seen": state["images"], "precision": state["precision"],
-                   "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point())},
+                   "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point()),
+                   **({"health": watched["facts"]} if watched and watched["facts"] else {})},
         )  # fmt: skip
 
 
@@ -220,7 +253,7 @@ def bookkeeping(steps: int, rows: dict[str, int], sizes: dict[str, int]) -> str:
     """
     words = {"labelled": "labelled", "images": "unlabelled"}
     batch = " + ".join(f"{sizes[key]:,} {words[key]}" for key in rows)
-    seen = []
+    seen: list[str] = []
     for key, count in rows.items():
         often = steps * sizes[key] / max(1, count)
         times = f"{often:,.0f}" if often >= 10 else f"{often:.1f}"
@@ -238,7 +271,8 @@ class Fit:
     images: Images | None
     labels: Labels | None
     init: Checkpoint | None
-    teacher: Checkpoint | None
+    teacher: Checkpoint | None = None
+    holdout: Images | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -274,6 +308,19 @@ class Fit:
             found.append(Stream("labelled", self.images, order, label=label, target=target, rows=rows))
         return tuple(found)
 
+    def watch(
+        self, method: Method, average: Method | None, total: int, precision: str, *, part: int, parts: int
+    ) -> Watch | None:
+        """What looks at the health of self-training: with a hold-out, or where the method makes its own labels."""
+        own_labels = self.images is not None and self.labels is None and is_classifier(method)
+        if self.holdout is None and not own_labels:
+            return None
+        return Watch(
+            method, average, classes=self.classes, limits=self.stage.limits, guard=self.stage.guard, total=total,
+            seed=self.context.seed, precision=precision, holdout=self.holdout, unlabelled=self.images, part=part,
+            parts=parts,
+        )  # fmt: skip
+
     def run(self, *, part: int = 0, parts: int = 1, wrap: Any = None) -> None:
         """Train to the end from the last checkpoint, in this process: worker `part` of `parts`.
 
@@ -304,6 +351,7 @@ class Fit:
         named = {("images" if s.images is self.images else "labelled"): s.order for s in streams}
         total = stage._steps({k: o.rows for k, o in named.items()}, {k: o.batch for k, o in named.items()})
         start, seconds, curves = 0, 0.0, []
+        watch = self.watch(method, average, total, precision, part=part, parts=parts)
         saved = training_state.load(context.workdir)
         if saved is not None:
             method.load_state_dict(saved["method"])
@@ -311,17 +359,23 @@ class Fit:
             if average is not None:
                 average.load_state_dict(saved["average"])
             start, seconds, curves = saved["step"], saved["seconds"], [tuple(row) for row in saved["curves"]]
+            if watch is not None and saved.get("health") is not None:
+                watch.load(saved["health"])
+                if watch.stopped:
+                    return
             context.notice(f"goes on from step {start} of {total}")
         elif self.images is not None:
             method.on_start(clean_images(self.images, SAMPLE, context.seed).to(where))
 
         def save(step: int) -> None:
+            if watch is not None:
+                watch.settle()
             if part == 0:
                 training_state.save(context.workdir, {
                     "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                     "average": average.state_dict() if average is not None else None,
                     "curves": [list(c) for c in curves], "images": step * sum(sizes.values()), "seconds": seconds,
-                    "pixels": pixels, "precision": precision,
+                    "pixels": pixels, "precision": precision, "health": None if watch is None else watch.state(),
                 })  # fmt: skip
 
         steps = train_steps(
@@ -351,6 +405,18 @@ class Fit:
                 curves += [(step.number, name, value) for name, value in signals.items()]
                 if part == 0:
                     context.log(step.number, signals)
+            if watch is not None:
+                watch.note(step.losses)
+                if watch.due(number):
+                    found, lines = watch.look(number)
+                    curves += [(step.number, name, value) for name, value in found.items()]
+                    if part == 0:
+                        context.log(step.number, found)
+                    for line in lines:
+                        context.notice(line)
+                    if watch.stopped:
+                        save(number)
+                        return
             if part == 0:
                 context.progress(number, total)
             stop, due = context.stopping(), time.monotonic() - last_save >= context.save_seconds

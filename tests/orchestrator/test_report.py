@@ -176,8 +176,8 @@ def answer(ran: tuple[Store, Path], name: str):
 
 def test_every_section_is_there_in_order_and_in_the_contents(ran):
     page = read_page(ran[1])
-    assert page.sections == ["verdict", "rounds", "curves", "ledger", "classes", "calibration", "galleries", "probes",
-                             "cost", "data", "reproduce"]  # fmt: skip
+    assert page.sections == ["verdict", "rounds", "curves", "health", "ledger", "classes", "calibration", "galleries",
+                             "probes", "cost", "data", "reproduce"]  # fmt: skip
     assert [a["href"] for tag, a in page.tags if tag == "a"] == [f"#{name}" for name in page.sections]
 
 
