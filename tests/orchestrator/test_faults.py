@@ -523,7 +523,7 @@ def diverge(rank, root, rendezvous, ends):
         step = Supervised.training_step
         Supervised.training_step = lambda *given: {k: v * math.nan for k, v in step(*given).items()}
     try:
-        fit = Fit(stage, Context(ends, ends, 0, plan.classes), plan.images["labelled"], None, None, None)
+        fit = Fit(stage, Context(ends, ends, 0, plan.classes), plan.images["labelled"], None, None, None, None, None)
         fit.run(part=rank, parts=2)
     except FloatingPointError as error:
         (ends / str(rank)).write_text(str(error))

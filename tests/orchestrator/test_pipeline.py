@@ -273,7 +273,7 @@ def test_two_streams_read_the_rows_the_ledger_kept(first):
     labels = store.open_artifact(keys["students.0.pseudo"])
     stage = next(s.stage for s in plan.stages if s.name == "students.0.student")
     context = Context(first[0], first[0], 0, plan.classes)
-    fit = Fit(stage, context, plan.images["labelled"], plan.images["unlabelled"], labels, None)
+    fit = Fit(stage, context, plan.images["labelled"], plan.images["unlabelled"], labels, None, None, None)
     labelled, unlabelled = fit.streams({"labelled", "unlabelled"})
     copies = labels.table(["copies"])["copies"].to_pylist()
     assert unlabelled.rows.bincount(minlength=len(copies)).tolist() == copies
