@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
+settings.load_profile("untimed")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 SMALL = """
