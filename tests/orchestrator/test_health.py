@@ -571,6 +571,7 @@ def watched_worker(rank, root, rendezvous, ends):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_see_the_same_and_lower_the_threshold_alike(tmp_path):
     prepare(parse(RECIPE, overrides=ADAPTING), tmp_path / "store", label="two")  # the catalogue, once
     mp.spawn(watched_worker, (tmp_path / "store", tmp_path / "rendezvous", tmp_path), nprocs=2)
