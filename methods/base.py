@@ -24,6 +24,13 @@ Stream = Literal["labelled", "unlabelled"]
 class MethodConfig:
     """Base of every method's configuration: frozen, keyword-only, each default with its source."""
 
+    def check_fractions(self, *names: str) -> None:
+        """Refuses fields that are no share below all, such as of dropped features: ValueError outside [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} = {value}: must be in [0, 1)")
+
 
 @dataclass(frozen=True)
 class View:
@@ -112,3 +119,8 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch, progress: float) -> Losses:
         """`training_step`, so that the hooks of data-parallel wrappers fire."""
         return self.training_step(batch, progress)
+
+
+def is_classifier(method: Method | type[Method]) -> bool:
+    """Whether it tells classes apart: it has `logits(images)`, (B, K)."""
+    return callable(getattr(method, "logits", None))

@@ -39,9 +39,7 @@ def _check(config: DistillationConfig | VirtualTeacherConfig) -> None:
         raise ValueError(f"alpha = {config.alpha}: must be in [0, 1], the weight of the teacher")
     if not config.temperature > 0:
         raise ValueError(f"temperature = {config.temperature}: must be > 0, it divides logits")
-    for name in ("label_smoothing", "dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: must be in [0, 1)")
+    config.check_fractions("label_smoothing", "dropout")
 
 
 class Distillation(Method):

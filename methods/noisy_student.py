@@ -27,10 +27,7 @@ class NoisyStudentConfig(MethodConfig):
     unlabelled_weight: float = 1.0  # on the mean loss of the unlabelled part, relative to the paper's concatenated mean
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "dropout", "drop_path"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} = {value}: must be in [0, 1)")
+        self.check_fractions("label_smoothing", "dropout", "drop_path")
         if not self.unlabelled_weight > 0:
             raise ValueError(
                 f"unlabelled_weight = {self.unlabelled_weight}: must be > 0; use Supervised to leave it out"

@@ -43,10 +43,7 @@ class PiModelConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp = {self.ramp}: must be in [0, 1]")
-        for name in ("label_smoothing", "dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} = {value}: must be in [0, 1)")
+        self.check_fractions("label_smoothing", "dropout")
         if not (math.isfinite(self.unlabelled_weight) and self.unlabelled_weight >= 0):
             raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0; 0 is supervised training")
 

@@ -61,8 +61,7 @@ class ReMixMatchConfig(MethodConfig):
                 raise ValueError(f"{name} = {value}: must be >= 0")
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp = {self.ramp}: must be in [0, 1], a share of training; 0 is full weight throughout")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}: must be in [0, 1)")
+        self.check_fractions("dropout")
 
 
 class ReMixMatch(Method):

@@ -26,10 +26,7 @@ class SupervisedConfig(MethodConfig):
     drop_path: float = 0.0  # stochastic depth of the last block, linear decay; 0.2 in Noisy Student
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing", "dropout", "drop_path"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} = {value}: must be in [0, 1)")
+        self.check_fractions("label_smoothing", "dropout", "drop_path")
         if self.soft and self.label_smoothing:
             raise ValueError(f"label_smoothing = {self.label_smoothing}: must be 0 with soft, which is smooth already")
 

@@ -41,8 +41,7 @@ class UDAConfig(MethodConfig):
             raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0")
         if self.annealing not in get_args(Annealing):
             raise ValueError(f"annealing = {self.annealing}: must be one of {', '.join(get_args(Annealing))}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout}: must be in [0, 1)")
+        self.check_fractions("dropout")
 
 
 class UDA(Method):

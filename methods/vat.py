@@ -48,8 +48,7 @@ class VATConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp = {self.ramp}: must be in [0, 1]")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing = {self.label_smoothing}: must be in [0, 1)")
+        self.check_fractions("label_smoothing")
         if not (math.isfinite(self.xi) and self.xi > 0):
             raise ValueError(f"xi = {self.xi}: must be > 0, the length of the trial step")
         if self.iterations < 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from methods.base import is_classifier
 from orchestrator.artifacts import Checkpoint, Decision
 from orchestrator.data.decode import BadImage, open_rgb, square
 from orchestrator.errors import UserError, nearest
@@ -42,7 +43,7 @@ def final_model(store: Store, folder: Path, stage: str | None = None) -> Checkpo
     artifact = store.open_artifact(key)
     if isinstance(artifact, Decision):
         artifact = store.open_artifact(artifact.facts["promoted"])
-    if not isinstance(artifact, Checkpoint) or not artifact.classes or not hasattr(artifact.build(), "logits"):
+    if not isinstance(artifact, Checkpoint) or not artifact.classes or not is_classifier(artifact.build()):
         raise UserError(f"stage {stage}: is no classifier; name a supervised or student stage")
     return artifact
 

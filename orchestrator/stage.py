@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from methods.base import is_classifier
 from orchestrator.artifacts import Artifact, Checkpoint, Decision
 from orchestrator.data.images import Images
 
@@ -62,7 +63,7 @@ def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
     for name in names:
         for stage in wiring.stages.get(name, ()):
             method = getattr(stage, "method", None)
-            if method is not None and not hasattr(method.cls, "logits"):
+            if method is not None and not is_classifier(method.cls):
                 found.append((f"inputs.{name}", f"{method.cls.__name__} has features and no classifier: {advice}"))
         for spoken in wiring.vocabulary.get(name, ()):
             if spoken != wiring.classes:

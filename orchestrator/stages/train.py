@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from methods.base import Method
+from methods.base import Method, is_classifier
 from methods.ema import averaged_copy
 from methods.encoders import Encoder
 from methods.representation import alignment, effective_rank, uniformity
@@ -24,7 +24,7 @@ from orchestrator.data.images import Images
 from orchestrator.data.loader import Order
 from orchestrator.stage import Stage, StopRound, Wiring, foreign
 from orchestrator.training import checkpoint as training_state
-from orchestrator.training.health import Guard, Limits, Watch, is_classifier
+from orchestrator.training.health import Guard, Limits, Watch
 from orchestrator.training.loop import Stream, train_steps
 from orchestrator.training.norm import clean_images, clean_rows, reset_norm
 from orchestrator.training.optim import Optim

@@ -221,11 +221,6 @@ def _of(method: Method) -> Any:
     return method
 
 
-def is_classifier(method: Method | type[Method]) -> bool:
-    """Whether it has `logits`."""
-    return callable(getattr(method, "logits", None))
-
-
 @dataclass
 class Watch:
     """Looks at one training, and speaks. Its state belongs into the training's checkpoint.
