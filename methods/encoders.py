@@ -61,6 +61,26 @@ class Encoder(nn.Module, ABC):
         return self.maps(images, normalised=normalised)["gap"]
 
 
+def freeze(encoder: Encoder, tap: str) -> None:
+    """Keeps weights and running statistics of everything up to a tap as they are, until `train()` is called again.
+
+    Touvron et al. 2019, arXiv:1906.06423, section 4: only the last layers adapt to another resolution.
+
+    Raises:
+        ValueError: the encoder has no such tap.
+    """
+    if tap not in encoder.taps:
+        raise ValueError(f"frozen = {tap}: must be a tap of the encoder, one of {', '.join(encoder.taps)}")
+    weights, training = list(encoder.parameters()), encoder.training
+    before = encoder.eval().maps(torch.zeros(1, 3, 32, 32, device=encoder.mean.device))[tap]
+    reached = torch.autograd.grad(before.sum(), weights, allow_unused=True)
+    kept = {id(weight) for weight, slope in zip(weights, reached, strict=True) if slope is not None}
+    for module in encoder.train(training).modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(id(weight) in kept for weight in own):
+            module.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def tap_shapes(encoder: Encoder, pixels: int = 32) -> dict[str, tuple[int, ...]]:
     """Tap name to the shape of its map, (C, H, W), for images of `pixels`; "gap" to (dim,)."""

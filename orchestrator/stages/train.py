@@ -13,7 +13,7 @@ from torch import Tensor
 
 from methods.base import Method, is_classifier
 from methods.ema import averaged_copy
-from methods.encoders import Encoder
+from methods.encoders import Encoder, freeze
 from methods.representation import alignment, effective_rank, uniformity
 from methods.views.draws import Draws
 from methods.views.policy import Augment
@@ -54,6 +54,9 @@ class Train(Stage):
     clip: float | None = None  # largest gradient norm
     accumulate: int = 1  # parts a batch is split into where memory is short
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    pixels: int | None = None  # side of the images it trains on; left out, the data's
+    keep_head: bool = False  # go on from the classifier of `init` as well, not from its encoder alone
+    frozen: str | None = None  # tap of the encoder up to which weights and batch norm's statistics stay as they are
     guard: Guard = "warn"  # when self-training looks ill: say so; lower a threshold that nothing reaches; or end it
     limits: Limits = Limits()  # of what is healthy
 
@@ -62,7 +65,7 @@ class Train(Stage):
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps = {self.steps}, epochs = {self.epochs}: give exactly one of the two")
-        for name in ("batch", "unlabelled_ratio", "accumulate", "epochs", "clip"):
+        for name in ("batch", "unlabelled_ratio", "accumulate", "epochs", "clip", "pixels"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} = {value}: must be > 0")
@@ -87,15 +90,17 @@ class Train(Stage):
         """The method without memory for its weights, and the streams it reads."""
         with torch.device("meta"):
             images = sum(len(images) for images in wiring.images.get("images", ()))
-            method, _ = self.build(len(self.vocabulary(wiring)), images)
-            return method, {view.stream for view in method.views(wiring.pixels)}
+            method, encoder = self.build(len(self.vocabulary(wiring)), images)
+            if self.frozen is not None:
+                freeze(encoder, self.frozen)
+            return method, {view.stream for view in method.views(self.pixels or wiring.pixels)}
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         try:
             method, streams = self._draft(wiring)
         except ValueError as error:
-            return [("method", str(error))]
+            return [("frozen" if str(error).startswith("frozen") else "method", str(error))]
         name = self.method.use.rpartition(".")[2]
         given = {*wiring.images, *wiring.stages}
         if streams == {"labelled"} and {"images", "labels"} & given and "labelled" not in given:
@@ -127,6 +132,7 @@ class Train(Stage):
                 ))  # fmt: skip
             if key in wiring.images and rows == 0:
                 found.append((f"inputs.{key}", "has no images"))
+        found += self._unfit_start(method, wiring)
         found += self._unfit_for_health(method, wiring)
         if method.needs_teacher:
             found += self._teacher_problems(method, wiring)
@@ -139,6 +145,34 @@ class Train(Stage):
                 found.append(
                     ("inputs.labelled", f"{int((~image.labelled).sum())} of {len(image)} images have no label")
                 )
+        return found
+
+    def _unfit_start(self, method: Method, wiring: Wiring) -> list[tuple[str, str]]:
+        """What is wrong with `init` and with what is kept of it."""
+        if "init" not in wiring.stages:
+            return [
+                (name, f"{value}: there is nothing to keep; give inputs.init")
+                for name, value in (("keep_head", self.keep_head), ("frozen", self.frozen)) if value
+            ]  # fmt: skip
+        found: list[tuple[str, str]] = []
+        for stage in wiring.stages["init"]:
+            encoder: Component | None = getattr(stage, "encoder", None)
+            if encoder is None:  # somebody's own stage, which says nothing of its model
+                continue
+            with torch.device("meta"):
+                models = [one.cls(_unfilled(one.config)) for one in (self.encoder, encoder)]
+            here, there = ({name: value.shape for name, value in model.state_dict().items()} for model in models)
+            if here != there:
+                found.append(
+                    ("encoder", "is not the one of inputs.init, whose weights it starts from; write the same encoder "
+                     "in both")
+                )  # fmt: skip
+        if self.keep_head and not is_classifier(method):
+            found.append(("keep_head", f"{type(method).__name__} has no classifier to keep; leave it out"))
+        elif self.keep_head and not all(isinstance(stage, Train) for stage in wiring.stages["init"]):
+            found.append(("keep_head", "inputs.init was not trained here, so its classifier may be any; leave it out"))
+        elif self.keep_head:
+            found += foreign(replace(wiring, classes=self.vocabulary(wiring)), "init")
         return found
 
     def _unfit_for_health(self, method: Method, wiring: Wiring) -> list[tuple[str, str]]:
@@ -261,6 +295,11 @@ def bookkeeping(steps: int, rows: dict[str, int], sizes: dict[str, int]) -> str:
     return f"{steps:,} steps of {batch} images: {', '.join(seen)}"
 
 
+def _unfilled(config: Any) -> Any:
+    """An encoder's configuration without the wish for published weights, which a look at its shape does not need."""
+    return replace(config, pretrained=False) if getattr(config, "pretrained", False) else config
+
+
 @dataclass
 class Fit:
     """One training, to be run by one process or by each of several: everything travels in here."""
@@ -337,15 +376,16 @@ class Fit:
         method, encoder = stage.build(len(self.classes), self.unlabelled)
         precision = auto_precision(encoder) if stage.precision == "auto" else stage.precision
         if self.init is not None:
-            trunk = {k.removeprefix("encoder."): v for k, v in self.init.state().items() if k.startswith("encoder.")}
-            encoder.load_state_dict(trunk)
+            self._start_from(self.init, method)
         method = method.to(where).to(memory_format=torch.channels_last).train()
+        if stage.frozen is not None:
+            freeze(encoder, stage.frozen)
         average = averaged_copy(method) if stage.ema else None
         teacher = None if self.teacher is None else self.teacher.build().to(where).to(memory_format=torch.channels_last)
         method.attach(average=average, teacher=teacher)
         optimizer = stage.optim.build(method)
         clean = next(i for i in (self.images, self.labelled) if i is not None)
-        pixels = clean.pixels
+        pixels = stage.pixels or clean.pixels
         streams = self.streams({view.stream for view in method.views(pixels)})
         sizes = {stream.name: stream.order.batch for stream in streams}
         named = {("images" if s.images is self.images else "labelled"): s.order for s in streams}
@@ -375,7 +415,7 @@ class Fit:
                     "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                     "average": average.state_dict() if average is not None else None,
                     "curves": [list(c) for c in curves], "images": step * sum(sizes.values()), "seconds": seconds,
-                    "pixels": pixels, "precision": precision, "health": None if watch is None else watch.state(),
+                    "pixels": clean.pixels, "precision": precision, "health": None if watch is None else watch.state(),
                 })  # fmt: skip
 
         steps = train_steps(
@@ -434,6 +474,13 @@ class Fit:
                     if model is not None:
                         reset_norm(model, sample, precision)
             save(total)
+
+    def _start_from(self, init: Checkpoint, method: Method) -> None:
+        """Take over the encoder, and with `keep_head` the classifier."""
+        given = init.state()
+        for part in ("encoder", "head") if self.stage.keep_head else ("encoder",):
+            own = {k.removeprefix(f"{part}."): v for k, v in given.items() if k.startswith(f"{part}.")}
+            method.get_submodule(part).load_state_dict(own)
 
     def _signals(self, method: Method, images: Images, precision: str) -> dict[str, float]:
         """Alignment, uniformity and effective rank of the features of some images, in two weakly augmented views."""

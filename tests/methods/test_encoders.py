@@ -14,6 +14,7 @@ from methods.encoders import (
     TimmConfig,
     WideResNet,
     WideResNetConfig,
+    freeze,
     is_depthwise,
     set_drop_path,
     survival,
@@ -207,6 +208,31 @@ def test_a_skipped_block_of_a_wide_resnet_passes_its_input_on():
     skipped = (many == x).flatten(1).all(dim=1)
     assert skipped.float().mean().item() == pytest.approx(0.4, abs=4 * (0.4 * 0.6 / 4_000) ** 0.5)
     torch.testing.assert_close(many[~skipped][0], (x + (plain - x) / 0.6)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("encoder", "tap", "trained"), [
+    (SmallCNN(SmallCNNConfig(width=0.25)), "c3", "blocks.c4"),
+    (ResNet(ResNetConfig(depth=10, width=0.125)), "layer3", "net.layer4"),
+    (WideResNet(WideResNetConfig(depth=10, width=1)), "group2", "group3"),
+    (Timm(TimmConfig(name="efficientnet_b0")), "blocks.6", ("net.conv_head", "net.bn2")),
+])  # fmt: skip
+def test_a_frozen_encoder_trains_only_what_comes_after_the_tap(encoder, tap, trained):
+    before = {name: value.clone() for name, value in encoder.train().state_dict().items()}
+    freeze(encoder, tap)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    encoder(torch.rand(4, 3, 32, 32)).square().sum().backward()
+    moved = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+    learning = {name for name, weight in encoder.named_parameters() if weight.grad is not None}
+    after = {name for name in before if name.removeprefix("groups.").startswith(trained)} | {
+        name for name in before if name.startswith("last.")
+    }
+    assert moved == {name for name in after if "running" in name or "num_batches" in name}
+    assert learning == {name for name, _ in encoder.named_parameters() if name in after}
+
+
+def test_a_tap_that_is_not_there_cannot_be_frozen():
+    with pytest.raises(ValueError, match=r"frozen = c7: must be a tap of the encoder, one of c1, c2, c3, c4, gap"):
+        freeze(SmallCNN(SmallCNNConfig()), "c7")
 
 
 def test_an_encoder_without_residual_blocks_refuses_stochastic_depth():

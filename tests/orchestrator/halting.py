@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor
 
 import methods.clustering
+import methods.fixmatch
+import methods.mean_teacher
 import methods.noisy_student
 import methods.pirl
 import methods.simclr
@@ -78,6 +80,22 @@ class NoisyStudent(methods.noisy_student.NoisyStudent):
     def on_step_end(self, progress: float) -> None:
         super().on_step_end(progress)
         moment(f"NoisyStudent {progress:.2f}")
+
+
+class MeanTeacher(methods.mean_teacher.MeanTeacher):
+    """A student that may wait after a step, when its teacher has not followed yet."""
+
+    def on_step_end(self, progress: float) -> None:
+        super().on_step_end(progress)
+        moment(f"MeanTeacher {progress:.2f}")
+
+
+class FixMatchCTA(methods.fixmatch.FixMatchCTA):
+    """FixMatch that may wait after a step, when its bins hold what no checkpoint does."""
+
+    def on_step_end(self, progress: float) -> None:
+        super().on_step_end(progress)
+        moment(f"FixMatchCTA {progress:.2f}")
 
 
 def _waiting_commit(self: Store, key: str, artifact: Artifact, manifest: dict[str, Any]) -> Artifact:

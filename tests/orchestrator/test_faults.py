@@ -33,7 +33,10 @@ pytestmark = [
 ]
 DEADLINE = 240.0  # seconds for anything that will come; a loaded machine needs many to start Ray
 ROOT = Path(__file__).parents[2]
-METHODS = (("simclr", "SimCLR"), ("pirl", "PIRL"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"))
+METHODS = (
+    ("simclr", "SimCLR"), ("pirl", "PIRL"), ("supervised", "Supervised"), ("noisy_student", "NoisyStudent"),
+    ("mean_teacher", "MeanTeacher"), ("fixmatch", "FixMatchCTA"),
+)  # fmt: skip
 HALTING = {f"methods.{module}.{name}": f"tests.orchestrator.halting.{name}" for module, name in METHODS}
 
 
@@ -98,6 +101,29 @@ stages:
     <<: *pretrain
     inputs: {images: images, labels: clusters}
     method: {use: methods.supervised.Supervised}
+""")
+
+CONSISTENT = waiting("""
+name: consistent
+data:
+  pixels: 16
+  labelled: {from: digits/train, per_class: 2}
+  holdout: {from: digits/train, per_class: 3}
+  unlabelled: {from: digits/train, labels: false}
+resources: {threads: 1}
+stages:
+  mean_teacher: &train
+    use: orchestrator.stages.train.Train
+    inputs: {labelled: labelled, images: unlabelled, holdout: holdout}
+    encoder: {use: methods.encoders.SmallCNN, width: 0.25}
+    method: {use: methods.mean_teacher.MeanTeacher}
+    optim: {lr: 0.05}
+    steps: 8
+    batch: 8
+    ema: 0.9
+  fixmatch_cta:
+    <<: *train
+    method: {use: methods.fixmatch.FixMatchCTA, min_confidence: 0.2}
 """)
 
 
@@ -277,6 +303,11 @@ def unbroken_clusters(tmp_path_factory):
     return run_unbroken(CLUSTERS, tmp_path_factory.mktemp("clusters") / "store")
 
 
+@pytest.fixture(scope="module")
+def unbroken_consistent(tmp_path_factory):
+    return run_unbroken(CONSISTENT, tmp_path_factory.mktemp("consistent") / "store")
+
+
 def digests(result):
     return {stage["name"]: stage["digest"] for stage in result["stages"]}
 
@@ -347,6 +378,24 @@ def test_a_driver_killed_leaves_no_trace_in_a_bank_or_in_clusters(
     result = driver(CLUSTERS, store=store).result()
     assert states(result)[stage] == state
     assert_went_on(result, store, before, unbroken_clusters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "stage"), [
+    pytest.param("MeanTeacher 0.50", "mean_teacher", id="after a step of Mean Teacher"),
+    pytest.param("FixMatchCTA 0.50", "fixmatch_cta", id="after an update of CTAugment's bins"),
+])  # fmt: skip
+def test_a_driver_killed_leaves_no_trace_in_a_moving_average_or_in_bins(
+    driver, store, unbroken_consistent, moment, stage
+):
+    first = driver(CONSISTENT, store=store, halt=moment)
+    first.reached()
+    first.kill()
+    first.gone()
+    before = finished(store)
+    result = driver(CONSISTENT, store=store).result()
+    assert states(result)[stage] == "resumed"
+    assert_went_on(result, store, before, unbroken_consistent)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """What a training may be asked: which inputs its method needs, and what it makes of other stages' labels."""
 
 import pytest
+import torch
 
+from methods.supervised import Supervised
 from orchestrator.context import Context, Interrupted
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
@@ -96,6 +98,73 @@ def test_state_outside_the_optimiser_resumes_bit_equal(tmp_path, monkeypatch, na
     resumed = execute(prepared, use_ray=False)
     assert resumed.stages[0]["state"] == "resumed" and seen[-2:] == [3, 4]
     assert resumed.stages[0]["digest"] == whole.stages[0]["digest"]
+
+
+LAST = """
+  low: {<<: *train, pixels: 8, ema: 0.0}
+  finetuned:
+    <<: *train
+    inputs: {labelled: labelled, init: low}
+    method: {use: methods.supervised.Supervised, augment: {padding: 0, flip: false}}
+    keep_head: true
+    frozen: c3
+"""
+
+
+HEAD = "head.1.weight"
+
+
+def finetune(tmp_path, *overrides):
+    recipe = RECIPE[: RECIPE.index("  soft:")] + LAST
+    prepared = prepare(parse(recipe, overrides=overrides), tmp_path / "store", label="last")
+    result = execute(prepared, use_ray=False)
+    opened, plan = Store.open(tmp_path / "store"), prepared.plans[0]
+    return {name: opened.open_artifact(plan.key(name)).state() for name in ("low", "finetuned")}, result
+
+
+def test_a_training_below_the_datas_resolution_reads_small_images_and_its_fine_tuning_large_ones(tmp_path, monkeypatch):
+    step, sides = Supervised.training_step, []
+
+    def watched(self, batch, progress):
+        sides.append(batch["labelled"].shape[-1])
+        return step(self, batch, progress)
+
+    monkeypatch.setattr(Supervised, "training_step", watched)
+    _, result = finetune(tmp_path, "stages.finetuned.steps=3")
+    assert sides == [16] * 4 + [8] * 4 + [16] * 3
+    checkpoint = Store.open(tmp_path / "store").open_artifact(result.stages[1]["key"])
+    assert checkpoint.model["pixels"] == 16  # it is judged, and labels, at the data's
+
+
+def test_fine_tuning_keeps_weights_and_statistics_up_to_the_frozen_tap_and_trains_the_rest(tmp_path):
+    state, _ = finetune(tmp_path)
+    low, tuned = state["low"], state["finetuned"]
+    kept = {name for name in low if torch.equal(low[name], tuned[name])}
+    frozen = {name for name in low if name.startswith(("encoder.blocks.c1", "encoder.blocks.c2", "encoder.blocks.c3"))}
+    assert kept == frozen | {"encoder.mean", "encoder.std"}
+
+
+def test_a_kept_head_starts_as_the_one_before_and_a_new_one_does_not(tmp_path):
+    still = ("stages.finetuned.optim.lr=1e-9", "stages.finetuned.frozen=null")
+    state, _ = finetune(tmp_path, *still)
+    assert torch.allclose(state["finetuned"][HEAD], state["low"][HEAD], atol=1e-6)
+    state, _ = finetune(tmp_path, *still, "stages.finetuned.keep_head=false")
+    assert not torch.allclose(state["finetuned"][HEAD], state["low"][HEAD], atol=1e-2)
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["frozen=c9"], "stages.finetuned.frozen  frozen = c9: must be a tap of the encoder, one of c1, c2, c3, c4, gap"),
+    (["inputs.init=null"], "stages.finetuned.keep_head  True: there is nothing to keep; give inputs.init"),
+    (["encoder.width=0.5"], "stages.finetuned.encoder  is not the one of inputs.init"),
+    (["pixels=0"], "pixels = 0: must be > 0"),
+    (["method={use: methods.simclr.SimCLR}", "inputs={images: unlabelled, init: low}"],
+     "stages.finetuned.keep_head  SimCLR has no classifier to keep; leave it out"),
+])  # fmt: skip
+def test_a_fine_tuning_that_cannot_start_is_refused_before_anything_runs(tmp_path, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        finetune(tmp_path, *(f"stages.finetuned.{override}" for override in overrides))
+    assert expected in str(caught.value)
+    assert not list(tmp_path.glob("store/artifacts/*"))
 
 
 def test_zero_steps_give_the_weights_as_drawn_with_statistics_of_clean_images(tmp_path):
