@@ -446,6 +446,19 @@ def test_a_coordinator_tells_every_notice_once_and_all_of_them_again_after_a_res
 
 
 @pytest.mark.slow
+def test_a_coordinator_learns_from_the_corrections_that_its_driver_was_given(driver, store, tmp_path, unbroken):
+    images = prepare(parse(WAITING), tmp_path / "first", label="small").plans[0].images["unlabelled"]
+    file = tmp_path / "corrected.csv"
+    file.write_text(f"round,id,corrected\n0,{images.ids[3]},7\n0,{images.ids[5]},?\n", encoding="utf-8")
+    recipe = WAITING.replace("max_class_share: 1.0", f"max_class_share: 1.0\n        corrections: {file}")
+    expected = run_unbroken(recipe, tmp_path / "alone")
+    assert expected[0]["students.0.pseudo"] == unbroken[0]["students.0.pseudo"]
+    assert expected[0]["students.1.pseudo"] != unbroken[0]["students.1.pseudo"]
+    result = driver(recipe, store=store).result()
+    assert (digests(result), ledger(store, result)) == expected
+
+
+@pytest.mark.slow
 def test_a_labeller_killed_comes_back_and_its_images_are_labelled_all_the_same(driver, store, unbroken):
     run = driver(WAITING, "resources.labellers=1", store=store, halt="labelling")
     (pid,) = run.reached()

@@ -414,6 +414,13 @@ def test_shuffled_pixels_are_called_another_domain(digits, tmp_path):
     assert any("are unlike the hold-out" in line for line in found.guards)
 
 
+def test_photographs_in_place_of_digits_are_called_another_domain(data_folder, tmp_path):
+    photographs = "{from: " + str(data_folder / "cifar10" / "test-00000-of-00001.parquet") + ", count: 800}"
+    found = Run(tmp_path, f"data.photographs={photographs}", "data.unlabelled={from: photographs, labels: false}")
+    assert any("are unlike the hold-out" in line for line in found.guards)
+    assert found.curve("unlike_holdout")[59] > 0.5
+
+
 def test_a_hundred_labels_of_one_class_for_one_of_each_other_are_told_as_one_class(digits, tmp_path):
     pictures, target = digits
     rows = np.concatenate([np.flatnonzero(target == k)[: 100 if k == 0 else 1] for k in range(10)])
