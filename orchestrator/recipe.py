@@ -28,6 +28,7 @@ class Resources:
     """What only changes the speed; enters no key."""
 
     workers: int = 1  # data-parallel training processes; 1 trains in the process that is there
+    min_workers: int | None = None  # that training goes on with when others are lost, until they are back; None: all
     threads: int | None = None  # a process may use; None: the machine's cores, shared by the workers
     labellers: int = 0  # labelling processes; 0: one process labels, better below about 100 thousand images
     gpus: float = 0  # for each worker
@@ -36,6 +37,8 @@ class Resources:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers = {self.workers}: must be at least 1")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(f"min_workers = {self.min_workers}: must be from 1 to workers = {self.workers}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads = {self.threads}: must be at least 1")
         if self.labellers < 0 or self.gpus < 0 or self.save_seconds < 0:

@@ -54,8 +54,10 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
             ("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}")
         )
     for name, batch in batches.items():
-        if batch % resources.workers:
-            found.append((name, f"{batch} images at a time cannot be split evenly over {resources.workers} workers"))
+        fewest = resources.min_workers or resources.workers
+        uneven = [count for count in range(resources.workers, fewest - 1, -1) if batch % count]
+        if uneven:
+            found.append((name, f"{batch} images at a time cannot be split evenly over {uneven[0]} workers"))
         elif resources.workers > 1 and batch // resources.workers < 2:
             found.append((name, f"{batch} images at a time over {resources.workers} workers leave "
                                 f"{batch // resources.workers} each: batch norm needs 2 or more"))  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 import torch
-import torch.distributed as dist
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup
@@ -29,7 +28,9 @@ from orchestrator.recipe import Resources
 from orchestrator.stages.train import Fit
 
 CONTROLLER_TRIES = 3  # a controller that dies is not restarted by Ray; training goes on from its checkpoint
-LOST_WORKERS = 5  # how many times a worker group is started again after losing a worker
+LOST_WORKERS = 5  # how many times a worker group is started again after losing a worker; a machine that was taken away
+# after a warning does not count
+START_SECONDS = "15"  # how long a group that may shrink waits for all its workers before it goes on with fewer
 GROUP = "group"  # file in a stage's working folder: the placement group its workers run in
 
 
@@ -47,6 +48,8 @@ class RayWorkers:
                 room for the workers.
         """
         logging.getLogger("ray.train").setLevel(logging.ERROR)
+        if (self.resources.min_workers or self.resources.workers) < self.resources.workers:
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
         if self.resources.workers == 1:
             TorchTrainer(_alone, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)).fit()
             return
@@ -58,8 +61,9 @@ class RayWorkers:
 
     def _group(self, job: Fit) -> str:
         each = {"CPU": job.context.threads} if not os.environ.get("RAY_ADDRESS") else {}
+        workers, fewest = self.resources.workers, self.resources.min_workers or self.resources.workers
         scaling = ScalingConfig(
-            num_workers=self.resources.workers, use_gpu=self.resources.gpus > 0,
+            num_workers=workers if fewest == workers else (fewest, workers), use_gpu=self.resources.gpus > 0,
             resources_per_worker={**each, **({"GPU": self.resources.gpus} if self.resources.gpus else {})} or None,
         )  # fmt: skip
         travelling = replace(job, context=replace(job.context, workers=None, notice=_silent))
@@ -72,7 +76,10 @@ class RayWorkers:
             )  # fmt: skip
             try:
                 trainer = TorchTrainer(
-                    _in_group, train_loop_config={"job": travelling}, scaling_config=scaling, run_config=config
+                    _in_group,
+                    train_loop_config={"job": travelling, "wanted": workers},
+                    scaling_config=scaling,
+                    run_config=config,
                 )
                 return _beside(trainer).return_value
             except ray.exceptions.ActorDiedError:
@@ -135,13 +142,17 @@ def _alone(config: dict[str, Any]) -> None:
 def _in_group(config: dict[str, Any]) -> str:
     """One worker of several: its end in a word, since Ray would retry an exception that is no accident."""
     job: Fit = config["job"]
-    part, parts = dist.get_rank(), dist.get_world_size()
+    here = ray.train.get_context()
+    part, parts = here.get_world_rank(), here.get_world_size()
     if part == 0:
         (job.context.workdir / GROUP).write_text(ray.util.get_current_placement_group().id.hex())
     else:
         job = replace(job, context=replace(job.context, recorder=None))
     try:
-        job.run(part=part, parts=parts, wrap=_data_parallel)
+        job.run(
+            part=part, parts=parts, wanted=config["wanted"], wrap=_data_parallel,
+            leaving=lambda: ray.train.get_preemption_info() is not None,
+        )  # fmt: skip
     except Interrupted:
         return "interrupted"
     except FloatingPointError as error:

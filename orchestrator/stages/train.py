@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +33,7 @@ from orchestrator.training.precision import auto_precision, autocast, device
 LOG_EVERY = 20  # steps between logged losses: reading one is a device synchronisation
 SIGNALS = 10  # how often pretraining without labels looks at its features
 LOOKED_AT = 256  # images it looks at them on
+LOOK_SECONDS = 2.0  # between questions whether a machine is about to be taken away: all workers wait for the answer
 SAMPLE = 4096  # clean images that priors and the statistics of batch norm are taken from
 
 
@@ -232,6 +233,17 @@ class Train(Stage):
         """Images a step, by input."""
         return {"labelled": self.batch, "images": self.batch * (self.unlabelled_ratio if len(streams) == 2 else 1)}
 
+    def shares(self, method: Method, parts: int, wanted: int) -> int:
+        """How many parts a worker's share of a batch is split into: as small ones as `wanted` workers would have.
+
+        A batch of 64 that 4 workers take in one part each is 2 parts for each of 2 workers. A method that compares the
+        images of a batch has them all at once whatever there is.
+        """
+        if method.needs_distinct:
+            return 1
+        least = -(-self.accumulate * wanted // parts)
+        return next(count for count in range(least, self.batch + 1) if self.batch % (count * parts) == 0)
+
     def _steps(self, rows: dict[str, int], sizes: dict[str, int]) -> int:
         if self.steps is not None:
             return self.steps
@@ -268,6 +280,9 @@ class Train(Stage):
                 context.notice(line)
         if watched and watched["stopped"]:
             raise StopRound(f"{'; '.join(said)}; its checkpoint is kept")
+        changes = state["workers"][1:]
+        for (_, before), (step, now) in zip(state["workers"], changes, strict=False):
+            context.notice(f"from step {step} on {now} instead of {before} workers; a batch stays {self.batch}")
         weights = state["average"] or state["method"]
         return Checkpoint.write(
             context.output, state=weights, encoder=self.encoder, method=self.method, classes=job.classes,
@@ -275,6 +290,7 @@ class Train(Stage):
             pixels=state["pixels"], precision=state["precision"], curves=[tuple(row) for row in state["curves"]],
             facts={"steps": state["step"], "images_seen": state["images"], "precision": state["precision"],
                    "parameters": sum(v.numel() for v in state["method"].values() if v.is_floating_point()),
+                   **({"workers": state["workers"]} if changes else {}),
                    **({"health": watched["facts"]} if watched and watched["facts"] else {})},
         )  # fmt: skip
 
@@ -360,11 +376,21 @@ class Fit:
             parts=parts,
         )  # fmt: skip
 
-    def run(self, *, part: int = 0, parts: int = 1, wrap: Any = None) -> None:
+    def run(
+        self,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        wanted: int | None = None,
+        wrap: Any = None,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Train to the end from the last checkpoint, in this process: worker `part` of `parts`.
 
         Args:
+            wanted: how many workers there should be; with fewer, each takes more and smaller parts of the same batches.
             wrap: makes the data-parallel wrapper of the method, where there are several workers.
+            leaving: whether a worker's machine is about to be taken away; all workers ask at the same steps.
         Raises:
             Interrupted: the user asked to stop; the checkpoint is written.
             FloatingPointError: a loss is not finite.
@@ -391,6 +417,7 @@ class Fit:
         named = {("images" if s.images is self.images else "labelled"): s.order for s in streams}
         total = stage._steps({k: o.rows for k, o in named.items()}, {k: o.batch for k, o in named.items()})
         start, seconds, curves = 0, 0.0, []
+        workers = [[0, parts]]  # from which step on there were how many
         watch = self.watch(method, average, total, precision, part=part, parts=parts)
         saved = training_state.load(context.workdir)
         if saved is not None:
@@ -399,6 +426,9 @@ class Fit:
             if average is not None:
                 average.load_state_dict(saved["average"])
             start, seconds, curves = saved["step"], saved["seconds"], [tuple(row) for row in saved["curves"]]
+            workers = saved["workers"]
+            if workers[-1][1] != parts:
+                workers = [*workers, [start, parts]]
             if watch is not None and saved.get("health") is not None:
                 watch.load(saved["health"])
                 if watch.stopped:
@@ -415,16 +445,18 @@ class Fit:
                     "step": step, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                     "average": average.state_dict() if average is not None else None,
                     "curves": [list(c) for c in curves], "images": step * sum(sizes.values()), "seconds": seconds,
-                    "pixels": clean.pixels, "precision": precision, "health": None if watch is None else watch.state(),
+                    "pixels": clean.pixels, "precision": precision, "workers": workers,
+                    "health": None if watch is None else watch.state(),
                 })  # fmt: skip
 
         steps = train_steps(
             method, wrap(method) if wrap else method, streams, optimizer, stage.optim, pixels=pixels, start=start,
             total=total, seed=context.seed, precision=precision, average=average, ema=stage.ema, clip=stage.clip,
-            accumulate=stage.accumulate, part=part, parts=parts,
+            accumulate=stage.shares(method, parts, wanted or parts), part=part, parts=parts,
         )  # fmt: skip
         unsupervised = all(stream.label is None and stream.target is None for stream in streams)
-        last_save = time.monotonic()
+        last_save = last_look = time.monotonic()
+        saved_leaving = False
         waited, since, done = 0.0, time.perf_counter(), start
         for step in steps:
             seconds += step.seconds
@@ -459,9 +491,18 @@ class Fit:
                         return
             if part == 0:
                 context.progress(number, total)
-            stop, due = context.stopping(), time.monotonic() - last_save >= context.save_seconds
+            now = time.monotonic()
+            stop, due, look = (
+                context.stopping(),
+                now - last_save >= context.save_seconds,
+                now - last_look >= LOOK_SECONDS,
+            )
             if parts > 1:
-                stop, due = _agree(stop), _agree(due)
+                stop, due, look = _agree(stop, due, look)
+            if look:
+                last_look = now
+                if leaving():
+                    due, saved_leaving = due or not saved_leaving, True
             if number < total and (stop or due):
                 save(number)
                 last_save = time.monotonic()
@@ -499,7 +540,7 @@ class Fit:
     def _read(self, losses: dict[str, Tensor], step: int, parts: int) -> dict[str, float]:
         values = {name: float(value) for name, value in losses.items()}
         bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if _agree(bool(bad)) if parts > 1 else bad:  # all stop, or the others would wait for this one
+        if _agree(bool(bad))[0] if parts > 1 else bad:  # all stop, or the others would wait for this one
             found = f"{bad[0]} is {values[bad[0]]}" if bad else "another worker's loss is not finite"
             raise FloatingPointError(
                 f"{found} at step {step}: lower optim.lr, set clip: 1.0, or precision: float32; "
@@ -508,8 +549,8 @@ class Fit:
         return values
 
 
-def _agree(here: bool) -> bool:
-    """Whether it is so for any worker: all must save, stop and fail at the same step."""
-    flag = torch.tensor(float(here), device=device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def _agree(*here: bool) -> tuple[bool, ...]:
+    """Of each, whether it is so for any worker: all must save, stop and fail at the same step."""
+    flags = torch.tensor(here, dtype=torch.float32, device=device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in flags.tolist())
