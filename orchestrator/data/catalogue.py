@@ -6,11 +6,13 @@ decode rule, so it is made once and found again. It holds:
 - `catalogue.arrow`: a row for each item of the source, good or bad, in the source's order;
 - `pixels.u8`: for small images, row i's (3, pixels, pixels) bytes at i * 3 * pixels^2; raw, so that a batch is one
   gather from one matrix, a scan writes in place, and rows of bad images take no disk; or
-- `encoded-NNNNN.bin`: for large images of Parquet and arrays, the encoded bytes: a Parquet row cannot be read alone.
+- `encoded-NNNNN.bin`: for large images of Parquet and arrays, the encoded bytes: a Parquet row cannot be read alone; or
+- `groups.arrow`: for streamed Parquet, a row for each row group: nothing of the images is copied.
 
-Large images that are files of their own stay where they are. The scan works in blocks. Each finished block leaves a
-journal, so a killed scan goes on where it was; two scans of one source write equal bytes to equal places, and the first
-rename decides.
+Large images that are files of their own stay where they are. No Python object is kept for a row.
+
+The scan works in blocks. Each finished block leaves a journal, so a killed scan goes on where it was; two scans of one
+source write equal bytes to equal places, and the first rename decides.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +38,14 @@ from PIL import Image
 from torch import Tensor
 
 from orchestrator.data.decode import DECODE_VERSION, BadImage, content_id, open_rgb, square
-from orchestrator.data.sources import Item, Listing, printable
+from orchestrator.data.shards import RowGroups
+from orchestrator.data.sources import Item, Listing, printable, row_name
 from orchestrator.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 LARGEST_STORED_DECODED = 96  # pixels: 27 KB an image, 14 GB for 500 thousand; above, JPEG is 5 to 20 times smaller
+STREAM_BYTES = 256 * 2**20  # of row groups that a process holds of a streamed source, where nobody says otherwise
+_OPEN_BLOCKS = 64  # of encoded images; each takes one of the files that a process may have open
 _AT_ONCE = 32  # items handed to a thread together: fewer costs more in hand-over than it gains in balance
 _JOURNAL = pa.schema(
     [
@@ -55,41 +62,41 @@ _JOURNAL = pa.schema(
 class Catalogue:
     """One source's finished catalogue. Opens large files when first needed; pickles as its path."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open()
+    def __init__(self, folder: Path, stream_bytes: int = STREAM_BYTES) -> None:
+        self._open(folder, stream_bytes)
 
-    def _open(self) -> None:
-        with pa.memory_map(str(self.folder / "catalogue.arrow")) as file:
+    def _open(self, folder: Path, stream_bytes: int) -> None:
+        self.folder, self.stream_bytes = folder, stream_bytes
+        with pa.memory_map(str(folder / "catalogue.arrow")) as file:
             self.table = pa.ipc.open_file(file).read_all()
         self.about: dict = json.loads(self.table.schema.metadata[b"orchestrator"])
         self.pixels: int | None = self.about["pixels"]
         self._decoded: Tensor | None = None
-        self._encoded: dict[int, np.ndarray] = {}
+        self._block = lru_cache(maxsize=_OPEN_BLOCKS)(self._open_block)
 
-    def __getstate__(self) -> Path:
-        return self.folder
+    def __getstate__(self) -> tuple[Path, int]:
+        return self.folder, self.stream_bytes
 
-    def __setstate__(self, folder: Path) -> None:
-        self.folder = folder
-        self._open()
+    def __setstate__(self, state: tuple[Path, int]) -> None:
+        self._open(*state)
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     @property
     def kept(self) -> np.ndarray:
-        """Rows (M,) int64 of the usable images, without duplicates, in the order of their ids."""
+        """Rows (M,) int64 of the usable images, without duplicates, in the order of their ids; of a streamed source, in
+        its own order, in which they can be read."""
         rows = np.flatnonzero(self.table["kept"].to_numpy())
-        return rows[np.argsort(self._ids()[rows], kind="stable")]
+        return rows if self.streamed else rows[np.argsort(self._ids()[rows], kind="stable")]
 
     def _ids(self) -> np.ndarray:
         """(N,) bytes of 32, zeros where an image is bad."""
         return _fixed(self.table["id"])
 
     def ids(self, rows: np.ndarray) -> np.ndarray:
-        """Content ids of `rows`, as (len(rows),) str."""
-        return self._ids()[rows].astype("U32")
+        """Content ids of `rows`, (len(rows),) bytes of 32 hex digits."""
+        return self._ids()[rows]
 
     def label_names(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(code into `about["classes"]` int64, labelled bool) of `rows`; the code is 0 where there is no label, and
@@ -120,7 +127,36 @@ class Catalogue:
 
     def path(self, row: int) -> str:
         """Where row `row` came from, for people."""
-        return printable(os.path.join(os.fsencode(self.about["root"]), self.table["path"][row].as_py()))
+        name, files = self.table["path"][row].as_py(), self.about.get("files")
+        return printable(os.path.join(os.fsencode(self.about["root"]), row_name(files, row, name) if files else name))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read from the source's own Parquet shards, a row group at a time."""
+        return self.about["storage"] == "shards"
+
+    @cached_property
+    def groups(self) -> RowGroups:
+        """The row groups of a streamed source, with what is held of them."""
+        with pa.memory_map(str(self.folder / "groups.arrow")) as file:
+            table = pa.ipc.open_file(file).read_all()
+        column = {name: table[name].to_numpy() for name in table.column_names}
+        about = self.about["shards"]
+        return RowGroups(
+            about["uri"], about["files"], about["column"], column["file"], column["group"],
+            np.append(column["start"], len(self)), column["bytes"], self.stream_bytes,
+        )  # fmt: skip
+
+    @property
+    def window(self) -> int:
+        """How many row groups of a streamed source are shuffled together: as many of the largest as fit into half of
+        `stream_bytes`. The other half is for those of the next window."""
+        return max(1, self.stream_bytes // 2 // max(1, self.about["shards"]["largest"]))
+
+    @property
+    def window_rows(self) -> int:
+        """How many rows a window has on average."""
+        return min(len(self), round(self.window * len(self) / len(self.groups.sizes)))
 
     @property
     def decoded(self) -> Tensor | None:
@@ -137,36 +173,54 @@ class Catalogue:
         return self._decoded
 
     def encoded(self, row: int) -> bytes:
-        """The encoded image of a row, from its own file or the catalogue's copy. Raises OSError when it is gone."""
+        """The encoded image of a row, from its own file, its shard, or the catalogue's copy. Raises OSError when it is
+        gone."""
         if self.about["storage"] == "files":
             path = os.path.join(os.fsencode(self.about["root"]), self.table["path"][row].as_py())
             with open(path, "rb") as file:
                 return file.read()
+        if self.streamed:
+            return self.groups.image(row) or b""
         block = int(np.searchsorted(self.about["starts"], row, side="right")) - 1
-        if block not in self._encoded:
-            self._encoded[block] = np.memmap(self.folder / f"encoded-{block:05d}.bin", np.uint8, "r")
         start, length = self.table["offset"][row].as_py(), self.table["length"][row].as_py()
-        return self._encoded[block][start : start + length].tobytes()
+        return self._block(block)[start : start + length].tobytes()
+
+    def _open_block(self, number: int) -> np.ndarray:
+        return np.memmap(self.folder / f"encoded-{number:05d}.bin", np.uint8, "r")
+
+
+def copy_bytes(listing: Listing, pixels: int) -> int:
+    """About how many bytes of images a catalogue would keep of a Parquet source that is not streamed."""
+    if pixels <= LARGEST_STORED_DECODED:
+        return len(listing) * 3 * pixels**2
+    return 0 if listing.shards is None else int(listing.shards.bytes.sum())
 
 
 def open_catalogue(
-    listing: Listing, cache: Path, *, pixels: int | None, threads: int = 1, progress: Progress | None = None
-) -> Catalogue:
+    listing: Listing, cache: Path, *, pixels: int | None, threads: int = 1, progress: Progress | None = None,
+    stream_bytes: int | None = None,
+) -> Catalogue:  # fmt: skip
     """The catalogue of a source: found in `cache`, or made there by decoding everything once.
 
     Args:
         pixels: side of the square images are held at; None only looks (doctor).
         threads: decoding threads.
         progress: called with (source, done, total) after every block and every few hundred items.
+        stream_bytes: images of a Parquet source stay where they are, and at most so many bytes of them are held.
     Raises:
-        UserError: the disk is too small.
+        UserError: the disk is too small, or a row group too large to be streamed.
     """
     storage = "none" if pixels is None else "files" if listing.in_files else "encoded"
     if pixels is not None and pixels <= LARGEST_STORED_DECODED:
         storage = "decoded"
-    final = cache / f"{listing.signature[:24]}-{pixels or 'look'}-v{DECODE_VERSION}"
+    if stream_bytes is not None and listing.shards is not None and pixels is not None:
+        storage = "shards"
+        _check_groups(listing, stream_bytes)
+    held = STREAM_BYTES if stream_bytes is None else stream_bytes
+    streamed = "-shards" if storage == "shards" else ""
+    final = cache / f"{listing.signature[:24]}-{pixels or 'look'}-v{DECODE_VERSION}{streamed}"
     if (final / "catalogue.arrow").exists():
-        return Catalogue(final)
+        return Catalogue(final, held)
     partial = final.with_name(final.name + ".partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -186,7 +240,21 @@ def open_catalogue(
         shutil.rmtree(partial, ignore_errors=True)  # another process was first: its catalogue is the same
     for journal in final.glob("journal-*.arrow"):
         journal.unlink(missing_ok=True)
-    return Catalogue(final)
+    return Catalogue(final, held)
+
+
+def _check_groups(listing: Listing, stream_bytes: int) -> None:
+    """Refuse row groups of which not even two fit: one to read from, and one that comes."""
+    assert listing.shards is not None
+    number = int(np.argmax(listing.shards.bytes))
+    largest, most = int(listing.shards.bytes[number]), stream_bytes // 2
+    if largest > most:
+        file = os.path.basename(listing.shards.files[int(listing.shards.file_of[number])])
+        raise UserError(
+            f"{listing.source}: row group {listing.shards.group_of[number]} of {file} holds {largest / 2**20:,.1f} MiB "
+            f"of images, and streaming reads whole ones, of at most half of stream_mib: write the shards with fewer "
+            f"rows a row group (row_group_size=1000), or set stream_mib to {math.ceil(2 * largest / 2**20):,} or more"
+        )
 
 
 def _reserve(path: Path, size: int) -> None:
@@ -275,6 +343,8 @@ class _Scan:
         try:
             if isinstance(item, BadImage):
                 raise item
+            if isinstance(item, str) and self.storage == "shards":
+                raise BadImage(f"the row only names a file ({os.path.basename(item)}): nothing to stream")
             if isinstance(item, np.ndarray):
                 image, data = Image.fromarray(item), None
             else:
@@ -288,7 +358,7 @@ class _Scan:
             small = square(image, self.pixels).tobytes()
             if os.pwrite(decoded, small, row * len(small)) != len(small):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.storage != "encoded":
+        if self.storage not in ("encoded", "shards"):
             return record, None
         if data is None:
             buffer = io.BytesIO()
@@ -301,7 +371,7 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
     """Join the journals with paths and labels, mark duplicates, and write `catalogue.arrow`."""
     journals = []
     for number in range(len(listing.blocks)):
-        with pa.OSFile(str(folder / f"journal-{number:05d}.arrow")) as file:
+        with pa.memory_map(str(folder / f"journal-{number:05d}.arrow")) as file:
             journals.append(pa.ipc.open_file(file).read_all())
     table = pa.concat_tables(journals).combine_chunks()
     codes = listing.codes
@@ -311,9 +381,9 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
     differ = again[(label[again] != label[first_of[again]]) & codes.is_valid().to_numpy(zero_copy_only=False)[again]]
 
     def pairs(rows: np.ndarray) -> list[list[str]]:
-        return [[printable(listing.path[int(row)].as_py()) for row in (first_of[again], again)] for again in rows]
+        return [[listing.name(int(row)) for row in (first_of[again], again)] for again in rows]
 
-    about = {
+    about: dict = {
         "source": listing.source,
         "kind": listing.kind,
         "root": listing.root,
@@ -323,6 +393,7 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
         "pixels": pixels,
         "storage": storage,
         "starts": [start for start, _ in listing.blocks],
+        "files": listing.files,
         "duplicates": len(again),
         "duplicate_examples": pairs(again[:20]),
         "conflicts": len(differ),
@@ -331,6 +402,8 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
             for pair, row in zip(pairs(differ[:20]), differ[:20], strict=True)
         ],
     }
+    if storage == "shards":
+        about["shards"] = _write_groups(listing, table["length"].to_numpy(), folder)
     table = pa.table(
         {
             "path": listing.path,
@@ -341,6 +414,19 @@ def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) ->
         }
     ).replace_schema_metadata({"orchestrator": json.dumps(about, ensure_ascii=True)})
     _write(table, folder / "catalogue.arrow")
+
+
+def _write_groups(listing: Listing, length: np.ndarray, folder: Path) -> dict:
+    """Write `groups.arrow` with the bytes of each row group as they were read, which a footer may understate, and say
+    where the shards are."""
+    shards = listing.shards
+    assert shards is not None
+    filled = np.flatnonzero(np.diff(shards.starts))  # an empty row group has no first row
+    start = shards.starts[filled]
+    size = np.add.reduceat(length, start)
+    columns = {"file": shards.file_of[filled], "group": shards.group_of[filled], "start": start, "bytes": size}
+    _write(pa.table(columns), folder / "groups.arrow")
+    return {"uri": shards.uri, "files": shards.files, "column": shards.column, "largest": int(size.max())}
 
 
 def _one_number(codes: pa.Array) -> pa.Array:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from orchestrator.data.catalogue import Catalogue
+from orchestrator.data.catalogue import Catalogue, open_catalogue
 from orchestrator.data.decode import DECODE_VERSION, BadImage, open_rgb, square
+from orchestrator.data.sources import Listing, no_labels
 from orchestrator.errors import UserError
 
 _log = logging.getLogger(__name__)
+_BLOCK = 1024  # images that are not streamed, read as one among those that are
 _STAND_INS = 20  # other images tried in place of one that went bad, before giving up on the disk
 
 
 class Images:
     """N images with their ids and labels; pixels are read when asked for, from memory maps or by decoding.
 
+    A row takes 19 bytes here, and no Python object; what else is known of it stays in its catalogue.
+
     Attributes:
-        ids: (N,) str, a hash of each image's decoded pixels.
         labelled: (N,) bool, which images have a label.
         label: (N,) int64 into `classes`, meaningful where `labelled` is true and 0 elsewhere.
         targets: (N, K) bool, which of the classes an image shows, where it may show several; its `label` is 0 then.
@@ -40,7 +46,6 @@ class Images:
         catalogue_of: np.ndarray,
         row_of: np.ndarray,
         *,
-        ids: np.ndarray,
         label: np.ndarray,
         labelled: np.ndarray,
         classes: Sequence[str],
@@ -51,7 +56,7 @@ class Images:
         self._catalogues = tuple(catalogues)
         self._catalogue_of = catalogue_of  # (N,) int16: which catalogue an image lies in
         self._row_of = row_of  # (N,) int64: its row there
-        self.ids, self.labelled = ids, labelled
+        self.labelled = labelled
         self.label = np.where(labelled, label, 0).astype(np.int64)
         self.classes, self.pixels, self.threads = tuple(classes), pixels, threads
         self.targets = targets
@@ -62,14 +67,13 @@ class Images:
 
     @staticmethod
     def of(catalogue: Catalogue, *, threads: int = 1) -> Images:
-        """All usable images of a catalogue, in the order of their ids, with the source's own classes."""
+        """All usable images of a catalogue, in its order (`Catalogue.kept`), with the source's own classes."""
         rows = catalogue.kept
         label, labelled = catalogue.label_names(rows)
         return Images(
             [catalogue],
             np.zeros(len(rows), np.int16),
             rows,
-            ids=catalogue.ids(rows),
             label=label,
             labelled=labelled,
             classes=catalogue.about["classes"],
@@ -79,7 +83,79 @@ class Images:
         )
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._row_of)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """(N,) str, a hash of each image's decoded pixels; made when asked for, 128 bytes a row."""
+        return self.id_bytes.astype("U32")
+
+    @property
+    def id_bytes(self) -> np.ndarray:
+        """`ids` as (N,) bytes of 32 hex digits, gathered from the catalogues when asked for."""
+        found = np.empty(len(self), "S32")
+        for number, catalogue in enumerate(self._catalogues):
+            mine = self._catalogue_of == number
+            found[mine] = catalogue.ids(self._row_of[mine])
+        return found
+
+    @cached_property
+    def blocks(self) -> np.ndarray | None:
+        """Where runs of rows begin that are read together, (B + 1,) int64 from 0 to N: of one row group each, or of a
+        fixed size where images are not streamed. None where none is: any row is read as quickly as the next."""
+        if not any(catalogue.streamed for catalogue in self._catalogues):
+            return None
+        group = np.arange(len(self)) // _BLOCK
+        for number, catalogue in enumerate(self._catalogues):
+            if catalogue.streamed:
+                mine = self._catalogue_of == number
+                group[mine] = catalogue.groups.number(self._row_of[mine])
+        other = (group[1:] != group[:-1]) | (self._catalogue_of[1:] != self._catalogue_of[:-1])
+        return np.concatenate([[0], 1 + np.flatnonzero(other), [len(self)]])
+
+    @property
+    def window(self) -> int:
+        """How many `blocks` are shuffled together, so that memory is enough for them."""
+        return min(catalogue.window for catalogue in self._catalogues if catalogue.streamed)
+
+    @property
+    def share_of_groups(self) -> float:
+        """Of all rows in the row groups that streamed images lie in, the share that is among these images."""
+        held = whole = 0
+        for number, catalogue in enumerate(self._catalogues):
+            if catalogue.streamed:
+                rows = self._row_of[self._catalogue_of == number]
+                held += len(rows)
+                whole += int(catalogue.groups.sizes[np.unique(catalogue.groups.number(rows))].sum())
+        return held / max(1, whole)
+
+    def copied(
+        self, cache: Path, *, threads: int = 1, progress: Callable[[str, int, int], None] | None = None
+    ) -> Images:
+        """The same images in the same order with a catalogue of their own in `cache`, which is made at the first time.
+
+        Raises:
+            UserError: an image that could be read at the scan no longer can, or the disk is too small.
+        """
+
+        def items(start: int, stop: int) -> Iterator[bytes]:
+            for row in range(start, stop):
+                try:
+                    yield self._catalogues[self._catalogue_of[row]].encoded(int(self._row_of[row]))
+                except OSError as error:
+                    raise UserError(f"{self.where(row)}: went bad after the scan ({error}); run again") from error
+
+        paths = pa.array((os.fsencode(self.where(row)) for row in range(len(self))), pa.large_binary())
+        places = hashlib.sha256(" ".join(catalogue.folder.name for catalogue in self._catalogues).encode())
+        places.update(self._catalogue_of.tobytes() + self._row_of.tobytes())
+        listing = Listing(
+            source="copies", kind="copies", root="", path=paths, label=no_labels(len(self)), classes=(),
+            blocks=[(row, min(row + _BLOCK, len(self))) for row in range(0, len(self), _BLOCK)], items=items,
+            signature=places.hexdigest(),
+        )  # fmt: skip
+        catalogue = open_catalogue(listing, cache, pixels=self.pixels, threads=threads, progress=progress)
+        owner, rows = np.zeros(len(self), np.int16), np.arange(len(self))
+        return self._with(catalogues=[catalogue], catalogue_of=owner, row_of=rows)
 
     @property
     def several(self) -> bool:
@@ -87,7 +163,7 @@ class Images:
         return self.targets is not None
 
     def __getstate__(self) -> dict:
-        hidden = ("_pool", "_rows", "fingerprint")
+        hidden = ("_pool", "_rows", "blocks", "fingerprint")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     # ---- pixels
@@ -115,6 +191,8 @@ class Images:
             else:
                 lazy.extend(at.tolist())
         wanted: list[int] = rows.tolist()
+        if self.blocks is not None:  # each row group once, though there may be room for one only
+            lazy.sort(key=wanted.__getitem__)
         squares: Iterable[np.ndarray]
         if self.threads > 1 and len(lazy) > 1:
             squares = self._pool.map(lambda at: self._read(wanted[at]), lazy)
@@ -171,13 +249,16 @@ class Images:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of ids, labels (in order), class names, `pixels` and the decode rule: equal wherever the images lie."""
+        """Hash of ids, labels (in order), class names, `pixels` and the decode rule: equal wherever the images lie. Of
+        streamed images also of what their shuffle depends on."""
         digest = hashlib.sha256(f"{self.pixels} {DECODE_VERSION} {self.classes!r}".encode())
-        digest.update(self.ids.astype("S32").tobytes())
+        digest.update(self.id_bytes.tobytes())
         digest.update(self.label.tobytes())
         digest.update(self.labelled.tobytes())
         if self.targets is not None:
             digest.update(b"targets" + np.packbits(self.targets, axis=1).tobytes())
+        if self.blocks is not None:
+            digest.update(b"blocks" + self.blocks.tobytes() + self.window.to_bytes(8, "little"))
         return digest.hexdigest()
 
     def select(self, rows: np.ndarray | Tensor | Sequence[int]) -> Images:
@@ -188,7 +269,6 @@ class Images:
         return self._with(
             catalogue_of=self._catalogue_of[index],
             row_of=self._row_of[index],
-            ids=self.ids[index],
             label=self.label[index],
             labelled=self.labelled[index],
             targets=None if self.targets is None else self.targets[index],
@@ -239,7 +319,6 @@ class Images:
             catalogues=catalogues,
             catalogue_of=np.concatenate(owner),
             row_of=np.concatenate([part._row_of for part in images]),
-            ids=np.concatenate([part.ids for part in images]),
             label=np.concatenate([part.label for part in images]),
             labelled=np.concatenate([part.labelled for part in images]),
             targets=np.concatenate([
@@ -260,9 +339,6 @@ class Images:
             "catalogues": self._catalogues,
             "catalogue_of": self._catalogue_of,
             "row_of": self._row_of,
-            **{
-                name: getattr(self, name)
-                for name in ("ids", "label", "labelled", "classes", "pixels", "threads", "targets")
-            },
+            **{name: getattr(self, name) for name in ("label", "labelled", "classes", "pixels", "threads", "targets")},
         }
         return Images(**{**same, **changed})

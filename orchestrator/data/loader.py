@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from methods.views.draws import Draws
+from orchestrator.data.images import Images
+
+_ROWS_IN_WINDOW = 1  # streams of draws, beside the one of whole epochs
+
+
+class Blocks:
+    """Rows that lie together and are read together: an epoch shuffles the blocks, and then the rows of `window` blocks
+    at a time, so that nothing has to be held but those.
+
+    Args:
+        starts: (B + 1,) where each block begins, from 0 to the number of rows.
+    """
+
+    def __init__(self, starts: np.ndarray, window: int) -> None:
+        self.starts, self.window = torch.from_numpy(starts), window
+
+    def rows(self, place: Tensor, seed: int, epoch: int) -> Tensor:
+        """Rows (P,) int64 at the places (P,) of an epoch's order: a pure function, whatever was asked before."""
+        _, ends = _order_of_blocks(self, seed, epoch)
+        number = torch.searchsorted(ends, place, right=True)
+        rows = torch.empty_like(place)
+        for window in number.unique().tolist():
+            here = number == window
+            first = int(ends[window - 1]) if window else 0
+            rows[here] = _rows_of_window(self, seed, epoch, window)[place[here] - first]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -17,11 +44,26 @@ class Order:
 
     With at least a batch of images, an epoch is its whole batches, so that no image is in a batch twice, and those left
     over differ from epoch to epoch. With fewer, epochs follow each other inside a batch.
+
+    Without `blocks` an epoch is any order of its rows. With them it is a two-level shuffle, and the rows of a batch are
+    in the order of their blocks, so that a worker's part of it comes from few of them.
     """
 
     rows: int
     batch: int
     seed: int
+    blocks: Blocks | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(images: Images, batch: int, seed: int, *, copies: Tensor | None = None) -> Order:
+        """The order over images, row i repeated `copies[i]` times in place where that is given: (N,) int64."""
+        rows = len(images) if copies is None else int(copies.sum())
+        if images.blocks is None:
+            return Order(rows, batch, seed)
+        starts = images.blocks
+        if copies is not None:
+            starts = np.unique(np.concatenate([[0], np.cumsum(copies.numpy())])[starts])
+        return Order(rows, batch, seed, Blocks(starts, images.window))
 
     @property
     def images_per_epoch(self) -> int:
@@ -36,13 +78,22 @@ class Order:
         if self.batch % parts:
             raise ValueError(f"batch {self.batch} cannot be split evenly over {parts} workers")
         share = self.batch // parts
-        position = torch.arange(share) + step * self.batch + part * share
+        mine = slice(part * share, (part + 1) * share)
+        position = torch.arange(self.batch) + step * self.batch
+        if self.blocks is None:
+            position = position[mine]
         epoch = position // self.images_per_epoch
         place = position % self.images_per_epoch
         rows = torch.empty_like(position)
         for number in epoch.unique().tolist():
             here = epoch == number
-            rows[here] = _permutation(self.seed, self.rows, number)[place[here]]
+            if self.blocks is None:
+                rows[here] = _permutation(self.seed, self.rows, number)[place[here]]
+            else:
+                rows[here] = self.blocks.rows(place[here], self.seed, number)
+        if self.blocks is not None:
+            by_block = torch.searchsorted(self.blocks.starts, rows, right=True).argsort(stable=True)[mine]
+            return rows[by_block], epoch[by_block]
         return rows, epoch
 
 
@@ -50,3 +101,22 @@ class Order:
 def _permutation(seed: int, rows: int, epoch: int) -> Tensor:
     """The order of an epoch, (rows,) int64; kept, since each step of the epoch asks for it."""
     return Draws.of(seed, 0, torch.tensor([epoch])).permutation(rows)[0]
+
+
+@lru_cache(maxsize=8)
+def _order_of_blocks(blocks: Blocks, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Of an epoch: the blocks (B,) in their order, and where each window ends in the epoch's order."""
+    sizes = blocks.starts.diff()
+    order = _permutation(seed, len(sizes), epoch)
+    ends = sizes[order].cumsum(0)
+    return order, torch.cat([ends[blocks.window - 1 :: blocks.window], ends[-1:]]).unique()
+
+
+@lru_cache(maxsize=8)
+def _rows_of_window(blocks: Blocks, seed: int, epoch: int, window: int) -> Tensor:
+    """The rows of a window in their order."""
+    order, _ = _order_of_blocks(blocks, seed, epoch)
+    mine = order[window * blocks.window : (window + 1) * blocks.window].tolist()
+    rows = torch.cat([torch.arange(int(blocks.starts[block]), int(blocks.starts[block + 1])) for block in mine])
+    draws = Draws.of(seed, torch.tensor([epoch]), torch.tensor([window]), view=_ROWS_IN_WINDOW)
+    return rows[draws.permutation(len(rows))[0]]

@@ -12,10 +12,14 @@
 An image may have several labels where the label column holds lists (Parquet), or text and the recipe names what divides
 its cells (`separator`). No other cell is ever divided: "cat;dog" may be the name of one class, and no look at the cells
 can tell.
+
+Parquet may lie on any file system that pyarrow knows, given as a URI such as s3://bucket/train; everything else on this
+machine's.
 """
 
 from __future__ import annotations
 
+import bisect
 import csv
 import glob
 import hashlib
@@ -26,6 +30,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +38,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.fs
 import pyarrow.parquet as pq
 
 from orchestrator.data.decode import BadImage
+from orchestrator.data.shards import (
+    SPLIT_WORDS,
+    Footer,
+    Place,
+    image_column,
+    matching,
+    read_cells,
+    read_footers,
+    refuse_missing,
+    shards_of,
+    splits_in,
+    unreachable,
+)
 from orchestrator.errors import UserError, nearest
 
 IMAGE_ENDINGS = frozenset(
@@ -43,9 +62,6 @@ IMAGE_ENDINGS = frozenset(
 )
 MANIFEST_ENDINGS = (".csv", ".tsv", ".txt")
 STORE_MARKER = ".orchestrator-store"
-SPLIT_WORDS = frozenset(
-    "train training test testing val valid validation unlabelled unlabeled labelled labeled".split()
-)
 _JUNK = frozenset(("__macosx", "thumbs.db", "desktop.ini", "@eadir"))
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img")
@@ -54,16 +70,32 @@ SEPARATORS = (",", ";", "|")
 WHOLE = "none"  # instead of a separator: every cell is one class, whatever it holds
 _ROWS_PER_BLOCK = 4096
 _ROWS_READ_AT_ONCE = 256
+_EMPTY = "the row holds no image"
 
 # A file's path, an encoded image, decoded pixels (H, W, 3), or why there is none.
 Item = str | bytes | np.ndarray | BadImage
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The Parquet shards of a source: `files` on the file system of `uri`, and of their row groups (G,) the file each
+    lies in, its number there, its first row in the source, and the bytes of its images by the footer."""
+
+    uri: str
+    files: list[str]
+    column: str
+    file_of: np.ndarray
+    group_of: np.ndarray
+    starts: np.ndarray
+    bytes: np.ndarray
 
 
 @dataclass(kw_only=True)
 class Listing:
     """What a source holds, before anything is decoded. Rows are in the source's own order.
 
-    `path` (N,) binary: relative to `root` for files, a description of the row otherwise. `label` (N,): class names,
+    `path` (N,) binary: relative to `root` for files; for Parquet the path inside the row, or null; a description of the
+    row otherwise. `shards`: of Parquet with images in it. `label` (N,): class names,
     dictionary-encoded, null where there is none; with several labels an image, lists of them, each class once and in
     order, empty where an image shows none. `classes`: the names in order. `label_problem`: why the labels cannot
     be used, raised only when a split wants labels. `blocks`: runs of rows [start, stop) that are scanned, and resumed,
@@ -82,6 +114,7 @@ class Listing:
     in_files: bool = False
     label_problem: str | None = None
     notices: list[str] = field(default_factory=list)
+    shards: Shards | None = None
 
     def __len__(self) -> int:
         return len(self.path)
@@ -98,6 +131,19 @@ class Listing:
             return self.label.indices.cast(pa.int32())
         indices = self.label.values.indices.cast(pa.int32())
         return pa.ListArray.from_arrays(self.label.offsets, indices, mask=self.label.is_null())
+
+    def name(self, row: int) -> str:
+        """What a row is called, for people: a path below `root`, or a place in a Parquet file."""
+        path = self.path[row].as_py()
+        return printable(row_name(self.files, row, path) if self.shards is not None else path)
+
+    @cached_property
+    def files(self) -> list[tuple[str, int]]:
+        """Of Parquet, the name of each file and its first row."""
+        if self.shards is None:
+            return []
+        first = self.shards.starts[np.searchsorted(self.shards.file_of, np.arange(len(self.shards.files)))]
+        return list(zip(map(os.path.basename, self.shards.files), first.tolist(), strict=True))
 
     def shown(self, row: int) -> str:
         """The labels of a row that has some, for people."""
@@ -121,21 +167,21 @@ def open_source(source: str, downloads: Path, *, separator: str | None = None) -
     if source.startswith("torchvision:"):
         return _torchvision(source, downloads)
     if "://" in source:
-        raise UserError(f"{source}: remote data is not read directly; copy or mount it and give the local path")
+        return _remote(source, separator)
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         return _directory(source, path, separator)
     if os.path.isfile(path):
         return _file(source, path, separator)
-    shards = _shards(path)
-    if shards:
-        return _parquet(source, shards, separator)
+    place = Place.of(path)
+    if os.path.isdir(os.path.dirname(place.path)) and (shards := shards_of(place)):
+        return _parquet(source, place, shards, separator)
     if glob.has_magic(path):
         return _glob(source, path, separator)
     parent, name = os.path.split(path.rstrip("/"))
     known = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     if known and os.path.isdir(parent or "."):
-        known = known + sorted(_parquet_splits(parent or "."))
+        known = known + sorted(splits_in(Place.of(parent or ".")))
     raise UserError(
         f"{source}: nothing is there; looked for a folder, a file, and {source}-*.parquet{nearest(name, known)}"
     )
@@ -144,9 +190,13 @@ def open_source(source: str, downloads: Path, *, separator: str | None = None) -
 def parts_of(source: str) -> list[str]:
     """The sources inside a folder that holds several splits (train-*.parquet beside test-*.parquet, or train/ beside
     test/), else just `source`."""
+    if "://" in source:
+        place = Place.of(source)
+        splits = splits_in(place)
+        return [place.at(f"{place.path}/{name}").uri() for name in sorted(splits)] if len(splits) > 1 else [source]
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        splits = _parquet_splits(path)
+        splits = splits_in(Place.of(path))
         if len(splits) > 1:
             return [os.path.join(source, name) for name in sorted(splits)]
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not _is_junk(entry.name))
@@ -165,6 +215,12 @@ def printable(path: bytes | str) -> str:
     """A path for people: bytes that are no UTF-8 are shown as replacement characters."""
     raw = path if isinstance(path, bytes) else os.fsencode(path)
     return raw.decode("utf-8", "replace")
+
+
+def row_name(files: Sequence[tuple[str, int]], row: int, inside: bytes | None) -> bytes:
+    """What a row of Parquet is called: "train-0.parquet row 7 (cat.png)" for `inside` b"cat.png"."""
+    file, first = files[bisect.bisect_right(files, row, key=lambda file: file[1]) - 1]
+    return os.fsencode(f"{file} row {row - first}") + (b" (" + inside + b")" if inside else b"")
 
 
 # ---- folders and files
@@ -258,12 +314,8 @@ def _walk(root: str) -> _Walk:
 
 
 def _directory(source: str, path: str, separator: str | None) -> Listing:
-    splits = _parquet_splits(path)
-    if len(splits) > 1:
-        names = ", ".join(sorted(splits))
-        raise UserError(f"{source}: holds the Parquet splits {names}; name one, such as {source}/{sorted(splits)[0]}")
-    if splits:
-        return _parquet(source, next(iter(splits.values())), separator)
+    if shards := _only_split(source, Place.of(path)):
+        return _parquet(source, Place.of(path), shards, separator)
     found = _walk(path)
     if not found.paths:
         other = "; ".join(f"{count:,} {why}" for why, count in sorted(found.skipped.items())) or "nothing at all"
@@ -294,7 +346,8 @@ def _glob(source: str, pattern: str, separator: str | None = None) -> Listing:
     paths = [path for path in paths if os.path.isfile(path) and not _is_junk(os.path.basename(path))]
     shards = [path for path in paths if path.endswith(".parquet")]
     if shards and len(shards) == len(paths):
-        return _parquet(source, shards, separator)
+        place = Place.of(shards[0])
+        return _parquet(source, place, [os.path.abspath(path) for path in shards], separator)
     images = [path for path in paths if _looks_like_image(os.path.basename(path), path)]
     if not images:
         raise UserError(f"{source}: the pattern matches {len(paths):,} files, none of them an image or .parquet file")
@@ -357,7 +410,8 @@ def _of_files(
 def _file(source: str, path: str, separator: str | None) -> Listing:
     name = os.path.basename(path).lower()
     if name.endswith(".parquet"):
-        return _parquet(source, [path], separator)
+        place = Place.of(path)
+        return _parquet(source, place, [place.path], separator)
     if name.endswith(MANIFEST_ENDINGS):
         return _manifest(source, path, *_read_manifest(source, path), separator)
     if _looks_like_image(name, path):
@@ -423,153 +477,151 @@ def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | N
 # ---- Parquet
 
 
-def _shard_prefix(name: str) -> str:
-    """ "train" for train-00000-of-00004.parquet, train-0.parquet and train.parquet."""
-    return re.sub(r"-\d+(-of-\d+)?$", "", name.removesuffix(".parquet"))
+def _remote(source: str, separator: str | None) -> Listing:
+    """A URI: a shard, a folder of shards, PATH/train for PATH/train-*.parquet, or a pattern in its last part."""
+    place = Place.of(source)
+    if glob.has_magic(place.path):
+        if files := matching(place):
+            return _parquet(source, place, files, separator)
+        raise UserError(f"{source}: the pattern matches no .parquet file")
+    kind = place.kind()
+    if kind == pyarrow.fs.FileType.File:
+        files = [place.path] if place.path.endswith(".parquet") else []
+    else:
+        files = _only_split(source, place) if kind == pyarrow.fs.FileType.Directory else []
+        files = files or shards_of(place)
+    if not files:
+        raise UserError(
+            f"{place.shown()}: no .parquet file is there; check the name; images are read from afar out of Parquet "
+            "shards, so pack them, or copy or mount the folder and give its local path"
+        )
+    return _parquet(source, place, files, separator)
 
 
-def _parquet_splits(folder: str) -> dict[str, list[str]]:
-    """The Parquet files of a folder, or of its subfolder `data` as on the Hugging Face hub, by split name."""
-    for place in (folder, os.path.join(folder, "data")):
-        splits: dict[str, list[str]] = {}
-        for path in sorted(glob.glob(os.path.join(glob.escape(place), "*.parquet"))):
-            splits.setdefault(_shard_prefix(os.path.basename(path)), []).append(path)
-        if splits:
-            # Shards numbered without a common name (part-0, 0000 ...) are one set: no name says that they are splits.
-            named = all(name.lower() in SPLIT_WORDS for name in splits)
-            return splits if named else {"all": sorted(path for paths in splits.values() for path in paths)}
-    return {}
+def _only_split(source: str, folder: Place) -> list[str]:
+    """The Parquet files of a folder with one split; none where it has no such file."""
+    splits = splits_in(folder)
+    if len(splits) > 1:
+        names = ", ".join(sorted(splits))
+        raise UserError(f"{source}: holds the Parquet splits {names}; name one, such as {source}/{sorted(splits)[0]}")
+    return next(iter(splits.values()), [])
 
 
-def _shards(path: str) -> list[str]:
-    """For PATH/train: the files PATH/train-*.parquet, PATH/train.parquet, or the same in PATH/data."""
-    folder, name = os.path.split(path)
-    for place in (folder, os.path.join(folder, "data")):
-        found = glob.glob(os.path.join(glob.escape(place), glob.escape(name) + "*.parquet"))
-        found = sorted(file for file in found if _shard_prefix(os.path.basename(file)) == name)
-        if found:
-            return found
-    return []
-
-
-def _refuse_missing_shards(source: str, files: Sequence[str]) -> None:
-    """train-00002-of-00004 promises four files; with three, a quarter of the data would be lost without a word."""
-    promised: dict[tuple[str, int], int] = {}
-    for file in files:
-        if match := re.fullmatch(r"(.*)-\d+-of-(\d+)\.parquet", file):
-            key = (match[1], int(match[2]))
-            promised[key] = promised.get(key, 0) + 1
-    for (prefix, total), found in promised.items():
-        if found != total:
-            name = os.path.basename(prefix)
-            raise UserError(f"{source}: {found} of {total} files {name}-*.parquet are there; fetch the rest")
-
-
-def _parquet(source: str, files: Sequence[str], separator: str | None) -> Listing:
-    _refuse_missing_shards(source, files)
-    paths: list[bytes] = []
-    labels: list[pa.ChunkedArray] = []
-    groups_of: dict[tuple[int, int], tuple[str, list[int]]] = {}  # of each block: which file, which row groups
-    schema = image = label_column = None
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as shard:
-                if schema is None:
-                    schema = shard.schema_arrow
-                    image = _image_column(schema)
-                    if image is None:
-                        return _parquet_manifest(source, files, shard, separator)
-                    label_column = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
-                assert image is not None
-                names = _inner_paths(shard, image)
-                start = len(paths)
-                paths.extend(
-                    os.fsencode(f"{os.path.basename(file)} row {row}" + (f" ({name})" if name else ""))
-                    for row, name in enumerate(names)
-                )
-                if label_column is not None:
-                    labels.append(shard.read(columns=[label_column])[label_column])
-                groups, stop = [], start
-                for group in range(shard.num_row_groups):
-                    groups.append(group)
-                    stop += shard.metadata.row_group(group).num_rows
-                    if stop - start >= _ROWS_PER_BLOCK or (stop > start and group + 1 == shard.num_row_groups):
-                        groups_of[start, stop] = (file, groups)
-                        groups, start = [], stop
-        except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError, OSError) as error:
-            raise UserError(f"{file}: cannot be read as Parquet like its neighbours: {error}") from error
-    if not paths:
+def _parquet(source: str, place: Place, files: Sequence[str], separator: str | None) -> Listing:
+    refuse_missing(source, files)
+    schema = _schema(place.at(files[0]))
+    image = image_column(schema)
+    if image is None:
+        return _parquet_manifest(source, place, files, schema, separator)
+    label_column = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
+    footers = list(read_footers(place, files, image, label_column))
+    shards = _shards(place, files, image, footers)
+    count = int(shards.starts[-1])
+    if not count:
         raise UserError(f"{source}: {len(files)} Parquet files and no rows in them")
     if label_column is None:
-        said = _unlabelled(len(paths))
+        said = _unlabelled(count)
     else:
-        tables = [pa.table({"label": column}) for column in labels]
+        tables = [pa.table({"label": footer.labels}) for footer in footers]
         stacked = pa.concat_tables(tables, promote_options="permissive")["label"]
         said = _labels(source, _flat(stacked), _hugging_face_names(schema, label_column), separator)
-    root = os.path.dirname(os.path.abspath(files[0]))
+    blocks = _blocks(shards)
 
     def items(start: int, stop: int) -> Iterator[Item]:
-        file, groups = groups_of[start, stop]
-        with pq.ParquetFile(file) as shard:
-            for batch in shard.iter_batches(_ROWS_READ_AT_ONCE, row_groups=groups, columns=[image]):
-                for cell in batch.column(0).to_pylist():
-                    data, inside = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-                    if data is not None:
-                        yield data
-                    else:
-                        yield os.path.join(root, inside) if inside else BadImage("the row holds no image")
+        file, groups = blocks[start, stop]
+        root = None if place.remote else os.path.dirname(files[0])
+        for batch in read_cells(place, files[file], groups, image, _ROWS_READ_AT_ONCE):
+            for cell in batch.to_pylist():
+                data, inside = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+                if data is not None:
+                    yield data
+                elif inside and root is not None:
+                    yield os.path.join(root, inside)
+                else:
+                    yield BadImage(f"the row holds no image, only the name {inside}" if inside else _EMPTY)
 
-    stats = [os.stat(file) for file in files]
-    parts = [*(os.path.abspath(file) for file in files), *(f"{s.st_size} {s.st_mtime_ns}" for s in stats)]
+    stats = place.stats(files)
+    parts = [*(place.at(file).shown() for file in files), *(f"{size} {changed}" for size, changed in stats)]
     if separator is not None or pa.types.is_list(said.label.type):  # the same file, read otherwise
         parts.append(f"labels {separator}")
-    signature = _signature("parquet", *parts)
     return Listing(
         source=source,
         kind=f"Parquet, {len(files)} file{'s' if len(files) > 1 else ''}",
-        root=root,
-        path=pa.array(paths, pa.large_binary()),
+        root=os.path.dirname(place.at(files[0]).shown()),
+        path=_inner_paths(footers),
         label=said.label,
         classes=said.classes,
-        blocks=list(groups_of),
+        blocks=list(blocks),
         items=items,
-        signature=signature,
+        signature=_signature("parquet", *parts),
         label_problem=said.problem,
         notices=list(said.notices),
+        shards=shards,
     )
 
 
-def _image_column(schema: pa.Schema) -> str | None:
-    """The column that holds encoded images: struct<bytes, ...> or binary."""
-
-    def holds_images(kind: pa.DataType) -> bool:
-        if pa.types.is_struct(kind):
-            place = kind.get_field_index("bytes")
-            return place >= 0 and holds_images(kind.field(place).type)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    found = [column.name for column in schema if holds_images(column.type)]
-    return next((name for name in ("image", "img") if name in found), found[0] if found else None)
+def _schema(shard: Place) -> pa.Schema:
+    try:
+        return pq.read_schema(shard.path, filesystem=shard.fs)
+    except (pa.ArrowException, OSError) as error:
+        if shard.remote and isinstance(error, OSError):
+            raise unreachable(shard.shown(), shard.scheme, error) from error
+        raise UserError(f"{shard.shown()}: cannot be read as Parquet: {error}") from error
 
 
-def _inner_paths(shard: pq.ParquetFile, image: str) -> list[str | None]:
-    """The path beside each image's bytes, where the file has one."""
-    kind = shard.schema_arrow.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
-        return [None] * shard.metadata.num_rows
-    return pc.struct_field(shard.read(columns=[f"{image}.path"])[image], "path").to_pylist()
+def _shards(place: Place, files: Sequence[str], image: str, footers: Sequence[Footer]) -> Shards:
+    rows = np.concatenate([[0], *(footer.rows for footer in footers)]).astype(np.int64)
+    return Shards(
+        uri=place.uri(),
+        files=list(files),
+        column=image,
+        file_of=np.repeat(np.arange(len(files)), [len(footer.rows) for footer in footers]),
+        group_of=np.concatenate([np.arange(len(footer.rows)) for footer in footers]),
+        starts=np.cumsum(rows),
+        bytes=np.concatenate([footer.bytes for footer in footers]).astype(np.int64),
+    )
 
 
-def _parquet_manifest(source: str, files: Sequence[str], shard: pq.ParquetFile, separator: str | None) -> Listing:
-    names = shard.schema_arrow.names
+def _blocks(shards: Shards) -> dict[tuple[int, int], tuple[int, list[int]]]:
+    """Runs of rows to be scanned as one: whole row groups of one file. Of each, which file and which row groups."""
+    blocks: dict[tuple[int, int], tuple[int, list[int]]] = {}
+    groups: list[int] = []
+    start, last = 0, len(shards.file_of) - 1
+    for number, (file, group) in enumerate(zip(shards.file_of.tolist(), shards.group_of.tolist(), strict=True)):
+        stop = int(shards.starts[number + 1])
+        groups.append(group)
+        ends = number == last or shards.file_of[number + 1] != file
+        if stop > start and (ends or stop - start >= _ROWS_PER_BLOCK):
+            blocks[start, stop] = (file, groups)
+            start = stop
+        if ends or start == stop:
+            groups = []
+    return blocks
+
+
+def _inner_paths(footers: Sequence[Footer]) -> pa.Array:
+    """The path beside each image's bytes, null where the row has none."""
+    parts = [
+        pa.nulls(sum(footer.rows), pa.large_binary())
+        if footer.names is None
+        else _flat(pc.if_else(pc.equal(footer.names, ""), None, footer.names)).cast(pa.large_binary())
+        for footer in footers
+    ]
+    return pa.concat_arrays(parts)
+
+
+def _parquet_manifest(
+    source: str, place: Place, files: Sequence[str], schema: pa.Schema, separator: str | None
+) -> Listing:
+    names = schema.names
     column = next((name for name in _PATH_COLUMNS if name in names), None)
-    if column is None or len(files) > 1:
+    if column is None or len(files) > 1 or place.remote:
         raise UserError(
             f"{source}: columns {', '.join(names)}: needs an image column (struct of bytes and path, or binary), or, "
-            "in a single file, a column named path"
+            "in a single local file, a column named path"
         )
     label_column = next((name for name in _LABEL_COLUMNS if name in names and name != column), None)
-    table = shard.read(columns=[column] + ([label_column] if label_column else []))
+    table = pq.read_table(files[0], columns=[column] + ([label_column] if label_column else []))
     labels = _flat(table[label_column]) if label_column else None
     return _manifest(source, files[0], table[column].cast(pa.string()).to_pylist(), labels, separator)
 
@@ -598,6 +650,13 @@ def _encode(names: Sequence[str | None]) -> tuple[pa.DictionaryArray, tuple[str,
     return pa.DictionaryArray.from_arrays(codes, pa.array(classes, pa.string())), classes
 
 
+def _encode_text(text: pa.Array) -> tuple[pa.DictionaryArray, tuple[str, ...]]:
+    """As `_encode`, of a string array, without a Python object for each row."""
+    classes = tuple(sorted((name for name in pc.unique(text).to_pylist() if name is not None), key=natural))
+    known = pa.array(classes, pa.string())
+    return pa.DictionaryArray.from_arrays(pc.index_in(text, value_set=known), known), classes
+
+
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece; an empty or single-chunk one included."""
     joined = column.combine_chunks()
@@ -613,8 +672,13 @@ class _Said(NamedTuple):
     notices: tuple[str, ...] = ()
 
 
+def no_labels(count: int) -> pa.DictionaryArray:
+    """(count,) labels that are all null."""
+    return pa.DictionaryArray.from_arrays(pa.nulls(count, pa.int32()), pa.array([], pa.string()))
+
+
 def _unlabelled(count: int, problem: str | None = None) -> _Said:
-    return _Said(*_encode([None] * count), problem)
+    return _Said(no_labels(count), (), problem)
 
 
 def _label_parts(label: pa.DictionaryArray | pa.ListArray) -> tuple[str, ...]:
@@ -645,9 +709,9 @@ def _labels(source: str, values: pa.Array, names: tuple[str, ...] | None, separa
     if separator in SEPARATORS:
         return _several(source, pc.split_pattern(text, separator), None, f"cells are divided at {separator!r}")
     if separator == WHOLE:
-        return _Said(*_encode(text.to_pylist()))
+        return _Said(*_encode_text(text))
     problem, notices = _compound(source, text)
-    return _unlabelled(len(text), problem) if problem else _Said(*_encode(text.to_pylist()), None, notices)
+    return _unlabelled(len(text), problem) if problem else _Said(*_encode_text(text), None, notices)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -714,7 +778,7 @@ def _several(source: str, rows: pa.ListArray, names: tuple[str, ...] | None, rul
             ))  # fmt: skip
         said = _numbered(source, values, names, owner)
     elif _is_text(values.type):
-        said = _Said(*_encode(_named(values).to_pylist()))
+        said = _Said(*_encode_text(_named(values)))
     else:
         problem = f"{source}: lists of labels of type {values.type}; class names or whole numbers are needed"
         return _unlabelled(len(rows), problem)

@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 import torch
 
 from methods.views.draws import mix
-from orchestrator.data.catalogue import Catalogue, open_catalogue
+from orchestrator.data.catalogue import STREAM_BYTES, Catalogue, copy_bytes, open_catalogue
 from orchestrator.data.images import Images
 from orchestrator.data.sources import SEPARATORS, WHOLE, Listing, natural, open_source
 from orchestrator.errors import UserError, nearest
 
 PROTECTED = ("test", "holdout")  # their images are in no other split
 UNLABELLED = ("unlabelled", "unlabeled")
+STREAM_ABOVE = 64 * 2**30  # bytes of a copy in the store; by the data alone, since a machine must not change an answer
+_SCATTERED = 0.25  # share of the row groups it touches below which a split is not worth reading them for in each epoch
 _NEED_LABELS = ("labelled", "labeled", *PROTECTED)
 
 
@@ -94,6 +96,10 @@ class DataConfig:
         on_bad_image: "skip" and report, or "fail".
         max_bad_share: above this share of bad images in one source nothing starts.
         include_labelled: whether "unlabelled" keeps the images that are in "labelled" too.
+        stream: whether the images of Parquet sources stay in their shards and are read from there a row group at a
+            time, in an order that shuffles row groups, and rows among neighbours in that order: "always", "never", or
+            "auto": where a copy in the store would take more than 64 GiB.
+        stream_mib: most MiB of a streamed source that a process holds. More of it shuffles further.
     """
 
     pixels: int
@@ -101,12 +107,18 @@ class DataConfig:
     on_bad_image: Literal["skip", "fail"] = "skip"
     max_bad_share: float = 0.05
     include_labelled: bool = False
+    stream: Literal["auto", "always", "never"] = "auto"
+    stream_mib: int = STREAM_BYTES >> 20
 
     def __post_init__(self) -> None:
         if not 1 <= self.pixels <= 4096:
             raise ValueError(f"pixels = {self.pixels}: must be between 1 and 4096")
         if self.on_bad_image not in ("skip", "fail"):
             raise ValueError(f"on_bad_image = {self.on_bad_image!r}: must be skip or fail")
+        if self.stream not in ("auto", "always", "never"):
+            raise ValueError(f"stream = {self.stream!r}: must be auto, always or never")
+        if self.stream_mib < 1:
+            raise ValueError(f"stream_mib = {self.stream_mib}: must be at least 1")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share = {self.max_bad_share}: must be between 0 and 1")
         if not self.splits:
@@ -217,7 +229,8 @@ def open_data(
     """Find, check and split all images of a recipe.
 
     Splits are a pure function of the images' ids, `seed` and the split's name: moving or renaming files changes none,
-    and raising `per_class` keeps the images that were drawn before. Rows of every split are in the order of the ids.
+    and raising `per_class` keeps the images that were drawn before. Rows of every split are in the order of the ids; of
+    a streamed source, in its own.
 
     Args:
         cache: catalogues and downloads are kept here.
@@ -240,7 +253,10 @@ def open_data(
                 f"{source}: separator is {separator!r}, but there is no label column of text to divide "
                 f"({listing.kind}); leave it out"
             )
-        catalogue = open_catalogue(listing, cache, pixels=config.pixels, threads=threads, progress=progress)
+        catalogue = open_catalogue(
+            listing, cache, pixels=config.pixels, threads=threads, progress=progress,
+            stream_bytes=config.stream_mib << 20 if _streams(config, listing) else None,
+        )  # fmt: skip
         labels = any(visible[name] for name in roots if roots[name] == source)
         bad = catalogue.bad()
         _check_bad(source, bad, len(catalogue), config)
@@ -254,6 +270,10 @@ def open_data(
     pools = {source: images.relabel(classes) for source, images in pools.items()}
     splits = _resolve(config, roots, pools, visible, seed, notices)
     _check_classes(splits, notices)
+    for name, images in splits.items():
+        if images.blocks is not None and images.share_of_groups < _SCATTERED:
+            splits[name] = images.copied(cache, threads=threads, progress=progress)
+            notices.append(f"{name}: {len(images):,} images are scattered over the shards, and copied into the store")
     if classes:
         notices.append(f"classes: {_listed(classes, 50)}")
     for name, images in splits.items():
@@ -277,6 +297,12 @@ def _ancestors(name: str, splits: Mapping[str, Split]) -> list[str]:
     return chain[1:]
 
 
+def _streams(config: DataConfig, listing: Listing) -> bool:
+    if listing.shards is None or config.stream == "never":
+        return False
+    return config.stream == "always" or copy_bytes(listing, config.pixels) > STREAM_ABOVE
+
+
 def _check_bad(source: str, bad: Sequence[tuple[str, str]], total: int, config: DataConfig) -> None:
     if not bad or (config.on_bad_image == "skip" and len(bad) <= config.max_bad_share * total):
         return
@@ -297,6 +323,11 @@ def _source_notices(listing: Listing, catalogue: Catalogue, bad: Sequence[tuple[
     else:
         what = f", {len(about['classes'])} classes" if about["classes"] else ", no labels"
     lines = [f"{source}: {len(catalogue):,} images ({listing.kind}{what})", *listing.notices]
+    if catalogue.streamed:
+        lines.append(
+            f"{source}: streamed, at most {catalogue.stream_bytes >> 20:,} MiB of it in memory; shuffled over "
+            f"{catalogue.window:,} row groups at a time, about {catalogue.window_rows:,} images"
+        )
     if bad:
         path, reason = bad[0]
         lines.append(f"{source}: {len(bad):,} images cannot be used and are left out, such as {path} ({reason})")
@@ -447,8 +478,8 @@ def _check_several(name: str, split: Split) -> None:
 
 def _noisy(images: Images, share: float, seed: int, name: str) -> Images:
     """The images with `share` of their labels replaced by a draw from all classes."""
-    chance = (_priority(images.ids, seed, f"{name} noise").view(np.uint64) >> np.uint64(11)) * 2.0**-53
-    drawn = (_priority(images.ids, seed, f"{name} wrong").view(np.uint64) % np.uint64(len(images.classes))).astype(int)
+    chance = (_priority(images, seed, f"{name} noise").view(np.uint64) >> np.uint64(11)) * 2.0**-53
+    drawn = (_priority(images, seed, f"{name} wrong").view(np.uint64) % np.uint64(len(images.classes))).astype(int)
     return images.with_labels(np.where(chance < share, drawn, images.label))
 
 
@@ -460,7 +491,8 @@ def _exclusion_line(name: str, other: str, count: int, example: str, roots: Mapp
 
 def _member(images: Images, others: Images) -> np.ndarray:
     """(N,) bool: which of `images` are among `others`, by content."""
-    return pc.is_in(pa.array(images.ids), value_set=pa.array(others.ids)).to_numpy(zero_copy_only=False)
+    found = pc.is_in(pa.array(images.id_bytes), value_set=pa.array(others.id_bytes))
+    return found.to_numpy(zero_copy_only=False)
 
 
 # ---- draws
@@ -499,7 +531,7 @@ def _draw(name: str, split: Split, source: Images, images: Images, *, seed: int,
                 f"{name}: {by}, but {split.source} has {most.sum():,} to draw from; ask for 1 to {most.sum():,}"
             )
         want = _apportion(share, total, most)
-    order = np.lexsort((_priority(images.ids, seed, name), group))
+    order = np.lexsort((_priority(images, seed, name), group))
     rank = np.empty(len(images), np.int64)
     rank[order] = np.arange(len(images)) - np.repeat(np.cumsum(size) - size, size)
     return images.select(rank < want[group])
@@ -520,9 +552,10 @@ def _apportion(share: np.ndarray, total: int, most: np.ndarray) -> np.ndarray:
     return given
 
 
-def _priority(ids: np.ndarray, seed: int, name: str) -> np.ndarray:
+def _priority(images: Images, seed: int, name: str) -> np.ndarray:
     """(N,) int64: a random number for each image, the same wherever and beside whatever else it lies."""
-    key = np.array([int(text, 16) for text in ids.astype("U16").tolist()], np.uint64).view(np.int64)
+    digits = images.id_bytes.astype("S16").tobytes().decode()
+    key = np.frombuffer(bytes.fromhex(digits), ">i8").astype(np.int64)
     salt = int.from_bytes(blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little", signed=True)
     return mix(mix(torch.from_numpy(key)) + salt).numpy()
 

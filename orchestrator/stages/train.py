@@ -344,17 +344,17 @@ class Fit:
         seed, sizes = self.context.seed, self.stage._sizes(views)
         found = []
         if "labelled" in views and self.labelled is not None:
-            order = Order(len(self.labelled), sizes["labelled"], seed * 2)
+            order = Order.of(self.labelled, sizes["labelled"], seed * 2)
             found.append(Stream("labelled", self.labelled, order, label=torch.from_numpy(self.labelled.label.copy())))
         if self.images is None:
             return tuple(found)
         if self.labels is None:
-            found.append(Stream("unlabelled", self.images, Order(len(self.images), sizes["images"], seed * 2 + 1)))
+            found.append(Stream("unlabelled", self.images, Order.of(self.images, sizes["images"], seed * 2 + 1)))
             return tuple(found)
         table = self.labels.table(["copies", "class"])
         copies = torch.from_numpy(table["copies"].to_numpy().astype("int64"))
         rows = torch.arange(len(self.images)).repeat_interleave(copies)
-        order = Order(len(rows), sizes["images"], seed * 2 + 1)
+        order = Order.of(self.images, sizes["images"], seed * 2 + 1, copies=copies)
         target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities().copy())[rows]
         if "unlabelled" in views:
             found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))

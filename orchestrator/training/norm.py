@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from methods.base import Method
 from methods.views.draws import Draws
 from orchestrator.data.images import Images
+from orchestrator.data.loader import Order
 from orchestrator.training.precision import autocast
 
 CHUNK = 256  # images a forward pass
 
 
 def clean_rows(images: Images, count: int, seed: int) -> Tensor:
-    """At most `count` different rows, (M,) int64, chosen by the seed."""
+    """At most `count` different rows, (M,) int64, chosen by the seed; of streamed images, of a few row groups."""
+    if images.blocks is not None:
+        return Order.of(images, min(count, len(images)), seed).at(0)[0]
     return Draws.of(seed, 0, torch.tensor([count])).permutation(len(images))[0, :count]
 
 

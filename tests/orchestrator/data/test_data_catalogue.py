@@ -39,7 +39,7 @@ def test_rows_hold_id_size_and_reason(tmp_path):
     flat_folder(tmp_path / "data", range(2))
     (tmp_path / "data" / "zero.png").write_bytes(b"")
     catalogue = catalogue_of(tmp_path / "data", tmp_path)
-    ids = {content_id(pixels(0)), content_id(pixels(1))}
+    ids = {content_id(pixels(seed)).encode() for seed in range(2)}
     assert set(catalogue.ids(catalogue.kept)) == ids
     assert catalogue.sizes("width", catalogue.kept).tolist() == [12, 12]
     assert catalogue.bad() == [(f"{tmp_path}/data/zero.png", "empty file")]
