@@ -38,6 +38,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Any field of the recipe, e.g. seeds=3 or stages.teacher.steps=200"),
 ]
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        help="The cluster's job server, such as http://127.0.0.1:8265 through a tunnel.",
+        envvar="RAY_API_SERVER_ADDRESS",
+    ),
+]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token", metavar="FILE", envvar="RAY_AUTH_TOKEN_PATH",
+        help="File with the cluster's token; on the head it is ~/.ray/auth_token.",
+    ),
+]  # fmt: skip
 DEFAULT_STORE = Path("orchestrator-store")
 
 
@@ -77,6 +91,7 @@ def run(
     checked = _load(recipe, overrides, labelled, unlabelled, test)
     display = Display(sys.stderr if as_json else sys.stdout)
     prepared = prepare(checked, store, label=recipe, progress=display.reading)
+    display.line(f"run {prepared.name}")
     display.notices(prepared)
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()  # Ray prints lost workers
     with aside, _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
@@ -93,19 +108,25 @@ def run(
 
 @contextlib.contextmanager
 def _stop_on_interrupt(stop: Path, display: Any) -> Iterator[None]:
-    """The first Ctrl-C asks every process to stop after its step, the second one ends this process."""
+    """The first Ctrl-C asks every process to stop after its step, the second one ends this process.
+
+    So does SIGTERM, by which Ray's jobs, Kubernetes and schedulers ask a process to end.
+    """
+    second: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def ask(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for one, handler in second.items():
+            signal.signal(one, handler)
         stop.parent.mkdir(parents=True, exist_ok=True)
         stop.touch()
         display.notice("stopping after this step; Ctrl-C again quits at once")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {one: signal.signal(one, ask) for one in second}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @app.command()
@@ -139,12 +160,19 @@ def plan(
 def status(
     run: Annotated[str | None, typer.Argument(help="A run, or the beginning of its name; left out, all runs.")] = None,
     store: StoreOption = DEFAULT_STORE,
+    address: Annotated[
+        str | None, typer.Option(help="Look on a cluster, at its job server, such as http://127.0.0.1:8265.")
+    ] = None,
+    token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Where runs stand: stages, progress, seconds and how much of them was not training."""
+    """Where runs stand: stages, progress, seconds and how much of them was not training; or the jobs of a cluster."""
     from orchestrator.display import Display, status_rows
     from orchestrator.runs import read_head
 
+    if address is not None:
+        _cluster_status(run, address, token, as_json)
+        return
     folders = [_find_run(store, run)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
     if as_json:
@@ -157,6 +185,113 @@ def status(
         display.line(f"no runs in {store}; start with `orchestrator run quickstart`")
     for head, folder in zip(heads, folders, strict=True):
         display.status(head, status_rows(store, folder), whole=run is not None)
+
+
+def _cluster_status(run: str | None, address: str, token: Path | None, as_json: bool) -> None:
+    """The runs sent to a cluster, or one of them with the end of what it wrote."""
+    from orchestrator.cluster import submit as cluster
+    from orchestrator.display import Display
+
+    client = cluster.open_client(address, token)
+    found = [cluster.find(client, run)] if run else cluster.jobs(client)
+    tail = cluster.log(client, found[0]).splitlines()[-20:] if run else []
+    if as_json:
+        _print_json([{**job.json(), **({"log": tail} if run else {})} for job in found])
+        return
+    display = Display(sys.stdout)
+    if not found:
+        display.line(f"no runs on {address}; send one with `orchestrator submit RECIPE --address {address}`")
+    display.jobs([job.json() for job in found])
+    for line in tail:
+        print(f"  {line}")
+
+
+@app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
+    address: AddressOption,
+    overrides: Overrides = None,
+    labelled: Annotated[str | None, typer.Option(help="Labelled images, where the cluster's nodes see them.")] = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="Unlabelled images, where the cluster's nodes see them.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled test images, where the cluster's nodes see them.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Folder of all results, shared by all nodes; left out, the head's ORCHESTRATOR_STORE."),
+    ] = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of recipe and own classes to send; left out, this one, none for a shipped recipe."),
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A variable for the run's processes; no secrets.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print what the run writes until it ends.")] = False,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe on a Ray cluster. The same command finds the run that is there, and goes on with one that ended."""
+    from orchestrator.cluster import submit as cluster
+
+    checked = _load(recipe, overrides, labelled, unlabelled, test)
+    cluster.check_places(checked, store)
+    folder = cluster.working_directory(recipe, working_dir)
+    environment = cluster.runtime_environment(folder, env or [])
+    given = {"--labelled": labelled, "--unlabelled": unlabelled, "--test": test}
+    flags = [word for name, value in given.items() if value is not None for word in (name, value)]
+    client = cluster.open_client(address, token, same_version=True)
+    command = cluster.entrypoint(recipe, [*(overrides or []), *flags], store)
+    job, sent = cluster.send(client, checked, command, environment)
+    say = sys.stderr if as_json else sys.stdout
+    print(f"{'sent as' if sent else 'runs already as'} {job.id}", file=say)
+    if follow:
+        try:
+            job = cluster.follow(client, job, lambda text: print(text, end="", file=say, flush=True))
+        except KeyboardInterrupt:
+            print(f"\nNot followed any more; the run goes on there. orchestrator stop {job.name} --address {address}"
+                  " stops it.", file=say)  # fmt: skip
+            raise typer.Exit(130) from None
+    else:
+        print(f"next    orchestrator status {job.name} --address {address}    orchestrator stop {job.name} "
+              f"--address {address}", file=say)  # fmt: skip
+    if as_json:
+        _print_json({**job.json(), "sent": sent})
+    if job.over:
+        _end_as(job)
+
+
+def _end_as(job: Any) -> None:
+    """Exit as the run on the cluster did."""
+    if job.state == "STOPPED":
+        print(f"{job.id} was stopped; everything done is kept, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130)
+    if job.state == "FAILED":
+        if job.exit_code == 127:
+            raise UserError(f"{job.id}: the head has no command `orchestrator`; install this package on every node, "
+                            "as cluster.yaml does")  # fmt: skip
+        if job.exit_code is None and job.message:
+            print(f"error: {job.id}: {job.message}", file=sys.stderr)
+        raise typer.Exit(job.exit_code if job.exit_code in (2, 130) else 1)
+
+
+@app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help="A run on the cluster, or the beginning of its name.")],
+    address: AddressOption,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a run on a cluster after its step. Everything is kept; `submit` again goes on where it was."""
+    from orchestrator.cluster import submit as cluster
+
+    client = cluster.open_client(address, token)
+    job = cluster.find(client, run)
+    stopping = cluster.stop(client, job)
+    if as_json:
+        _print_json({**job.json(), "stopping": stopping})
+    else:
+        print(f"{job.id} {'stops after its step' if stopping else f'is over already: {job.state.lower()}'}")
 
 
 @app.command()

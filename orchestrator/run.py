@@ -129,9 +129,15 @@ def execute(
     store, folder, recipe = prepared.store, prepared.folder, prepared.recipe
     todo = [stage for plan in prepared.plans for stage in plan.stages if not store.has(stage.key)]
     if todo and use_ray:
-        from orchestrator.cluster.connect import connect, preflight
+        from orchestrator.cluster.connect import connect, joined, preflight
 
         problems = [problem for plan in prepared.plans for problem in preflight(recipe.resources, batches_of(plan))]
+        if not problems:
+            connect(recipe.resources)
+            if joined():
+                from orchestrator.cluster.nodes import check_nodes
+
+                problems = check_nodes(recipe.resources, store.root)
         if problems:
             raise report(prepared.label, problems)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +149,6 @@ def execute(
     workers: Any = None
     rounds: dict[str, Any] = {}
     if todo and use_ray:
-        connect(recipe.resources)
         from orchestrator.cluster.fit import RayWorkers
         from orchestrator.cluster.rounds import coordinated_rounds
 

@@ -20,7 +20,9 @@ DOORS = {  # each heavy dependency, and the only place that imports it
     "mlflow": "orchestrator/tracking.py",
     "matplotlib": "orchestrator/report/",
 }
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "markupsafe": "jinja2"}  # what brings it
+DISTRIBUTIONS = {  # what brings it
+    "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "markupsafe": "jinja2", "aiohttp": "ray",
+}  # fmt: skip
 
 
 def imported(source: str, package: str = "") -> Iterator[tuple[str, int]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import cores
-from orchestrator.recipe import Resources
+from orchestrator.recipe import Resources, report
 
 NAMESPACE = "orchestrator"
+GROW_SECONDS = 1200  # that a cluster which grows has to start the nodes of a training
 
 # set before ray is imported: Ray reads them once
 _ENVIRONMENT = {
@@ -22,6 +27,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_worker_niceness": "0",  # 15 by default: a training in an actor would wait for whatever else runs
 }
+_JOINING = {"RAY_NUM_REDIS_GET_RETRIES": "5"}  # seconds to try; 20 by default, also with a wrong token
 
 
 def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, str]]:
@@ -32,7 +38,6 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
     """
     found: list[tuple[str, str]] = []
     address = os.environ.get("RAY_ADDRESS", "")
-    joined = bool(address)
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "://" not in host:
         try:  # Ray itself tries for minutes
@@ -42,14 +47,14 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
             found.append(
                 ("RAY_ADDRESS", f"{address}: nothing answers there ({reason}); unset it to run on this machine")
             )
-    if not joined and resources.workers > cores():
+    if not joined() and resources.workers > cores():
         found.append(("resources.workers", f"{resources.workers} training workers need a core each, this machine has "
                                            f"{cores()}; use {cores()} or fewer"))  # fmt: skip
-    elif not joined and 1 < resources.workers and resources.workers * (resources.threads or 1) > cores():
+    elif not joined() and 1 < resources.workers and resources.workers * (resources.threads or 1) > cores():
         found.append(("resources.threads", f"{resources.workers} workers with {resources.threads} threads each need "
                                            f"{resources.workers * (resources.threads or 1)} cores, this machine has "
                                            f"{cores()}; use {cores() // resources.workers}"))  # fmt: skip
-    if not joined and resources.labellers > cores():
+    if not joined() and resources.labellers > cores():
         found.append(
             ("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}")
         )
@@ -64,32 +69,76 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
     return found
 
 
-def connect(resources: Resources) -> dict[str, Any]:
-    """Join the cluster of RAY_ADDRESS, or start Ray on this machine. Returns {"cpus", "gpus", "nodes"}.
+def joined() -> bool:
+    """Whether a cluster is joined: then its nodes do the work, and this machine may have none to give."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
+
+def connect(resources: Resources, *, dashboard: bool = False) -> dict[str, float]:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine. Returns its {"cpus", "gpus", "nodes"}.
+
+    Args:
+        dashboard: start it here with one worker too; with several it is there anyway.
     Raises:
-        UserError: no cluster at the address, or it has fewer CPUs or GPUs than one training needs.
+        UserError: no cluster at the address, one of another token or version, or one that cannot do what is asked.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | (_JOINING if joined() else {})).items():
         os.environ.setdefault(name, value)
     import ray
 
+    from orchestrator.cluster.nodes import alive, growth, needs_of, room_problems
+
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if os.environ.get("RAY_ADDRESS"):
-                ray.init(**quiet)
+        with _own_sigterm():
+            if joined():
+                _join(quiet)
             else:
                 # a Train controller that dies frees its workers through the dashboard; with one process there is none
                 ray.init(address="local", num_cpus=cores(), object_store_memory=256 * 2**20,
-                         include_dashboard=resources.workers > 1, **quiet)  # fmt: skip
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; unset it to "
-                            f"run on this machine") from error  # fmt: skip
-    total = ray.cluster_resources()
-    needed = {"CPU": resources.workers, "GPU": resources.workers * resources.gpus}
-    for name, amount in needed.items():
-        if amount > total.get(name, 0):
-            raise UserError(f"resources: training needs {amount:g} {name}s for {resources.workers} workers, the "
-                            f"cluster has {total.get(name, 0):g}; lower resources.workers")  # fmt: skip
-    return {"cpus": total.get("CPU", 0), "gpus": total.get("GPU", 0), "nodes": len(ray.nodes())}
+                         include_dashboard=dashboard or resources.workers > 1, **quiet)  # fmt: skip
+    grows = growth() if joined() else None
+    nodes = alive()
+    problems = room_problems(needs_of(resources), nodes, grows)
+    if problems:
+        raise report("the cluster" if joined() else "this machine", problems)
+    if grows:  # a node needs minutes to come up, and Ray Train gives up after one
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROW_SECONDS))
+    cpus, gpus = (sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+    return {"cpus": cpus, "gpus": gpus, "nodes": len(nodes)}
+
+
+def _join(quiet: dict[str, Any]) -> None:
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(**quiet)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        causes = [str(one) for one in _chain(error)]
+        if any("AuthToken" in text or "uthentication token" in text for text in causes):
+            raise UserError(f"RAY_ADDRESS {address}: the cluster wants another token; set RAY_AUTH_MODE=token, and "
+                            "RAY_AUTH_TOKEN_PATH to a copy of ~/.ray/auth_token of its head") from error  # fmt: skip
+        raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there; unset it to run on this "
+                        "machine") from error  # fmt: skip
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        told = " ".join(line.strip() for line in str(error).splitlines()[1:] if line.strip())
+        raise UserError(f"RAY_ADDRESS {address}: another version is there ({told}); install the same here") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM over and leaves at once; whoever handled it before, to stop cleanly, gets it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,206 @@
+"""What a joined cluster must be: each check by what was found, then on real nodes, one of which has another disk."""
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.nodes import (
+    Group,
+    Look,
+    Need,
+    Node,
+    groups_of,
+    needs_of,
+    read_token,
+    room_problems,
+    sees_lock,
+    store_problems,
+    version_problems,
+    versions,
+    write_token,
+)
+from orchestrator.recipe import Resources
+from tests.orchestrator.ray_nodes import DEADLINE, Nodes
+from tests.orchestrator.test_faults import UNSHARE, may_mount
+
+HEAD = Node("a" * 8, "10.0.0.1", "head", {"node:__internal_head__": 1.0})
+FIRST = Node("b" * 8, "10.0.0.2", "first", {"CPU": 8.0, "GPU": 1.0})
+SECOND = Node("c" * 8, "10.0.0.3", "second", {"CPU": 3.0})
+WORKERS = Need("resources.workers", "training workers", 4, {"CPU": 2.0})
+STORE = Path("/mnt/store")
+
+
+class TestRoom:
+    def test_what_fits_node_by_node_is_no_problem(self):
+        assert room_problems([WORKERS], [HEAD, FIRST]) == []
+
+    def test_a_sum_that_would_do_is_not_enough_when_no_node_has_a_worker_s_share(self):
+        four = [Node(str(n), f"10.0.0.{n}", "x", {"CPU": 3.0}) for n in range(4)]  # 12 CPUs, and 4 times 2 are 8
+        assert room_problems([Need("f", "workers", 5, {"CPU": 2.0})], four) != []
+        assert room_problems([Need("f", "workers", 4, {"CPU": 2.0})], four) == []
+
+    def test_the_numbers_and_the_nodes_with_room_are_told(self):
+        ((field, message),) = room_problems([Need("resources.workers", "training workers", 9, {"CPU": 2.0})],
+                                            [HEAD, FIRST, SECOND])  # fmt: skip
+        assert field == "resources.workers"
+        assert message.startswith("9 training workers need 2 CPU each, the 3 nodes have room for 5 (10.0.0.2 4, "
+                                  "10.0.0.3 1); use 5 or fewer")  # fmt: skip
+
+    def test_a_worker_needs_its_gpu_and_its_cpus_on_one_node(self):
+        both = Need("resources.workers", "training workers", 1, {"CPU": 4.0, "GPU": 1.0})
+        apart = [Node("1", "10.0.0.1", "x", {"GPU": 8.0, "CPU": 2.0}), Node("2", "10.0.0.2", "y", {"CPU": 64.0})]
+        ((_, message),) = room_problems([both], apart)
+        assert "need 4 CPU and 1 GPU each" in message and "(none has any)" in message
+        assert room_problems([both], [FIRST]) == []
+
+    def test_a_cluster_that_grows_is_measured_by_what_it_may_become(self):
+        gpus = Need("resources.workers", "training workers", 4, {"GPU": 1.0})
+        assert room_problems([gpus], [HEAD]) != []
+        assert room_problems([gpus], [HEAD], [Group(2, {"GPU": 2.0, "CPU": 8.0})]) == []
+        ((_, message),) = room_problems([gpus], [HEAD], [Group(3, {"GPU": 1.0}), Group(9, {"CPU": 64.0})])
+        assert "at most 3 when the cluster has grown" in message and message.endswith("use 3 or fewer")
+
+    def test_the_needs_are_the_recipe_s_and_elastic_training_needs_its_least(self):
+        assert needs_of(Resources(labellers=3)) == [Need("resources.labellers", "labellers", 3, {"CPU": 1.0})]
+        (need,) = needs_of(Resources(workers=8, gpus=1))
+        assert (need.count, need.each) == (8, {"GPU": 1.0})
+        (need,) = needs_of(Resources(workers=8, min_workers=2))
+        assert (need.count, need.each) == (2, {"CPU": 1.0})
+
+    def test_groups_are_read_from_what_ray_up_leaves_and_bounded_by_the_whole(self):
+        config = {"max_workers": 5, "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "max_workers": 0}, "spot": {"resources": {"GPU": 1}, "max_workers": 8},
+            "filled in by the provider": {"max_workers": 3},
+        }}  # fmt: skip
+        assert [(group.most, dict(group.resources)) for group in groups_of(config)] == [
+            (0, {"CPU": 0}),
+            (5, {"GPU": 1}),
+        ]
+        assert groups_of({}) == []
+
+
+def looked(node, *, versions=None, failure=None, unseen=(), locked=True):
+    """A node that found everything right, but for what is said."""
+    read = {writer: writer not in unseen for writer in ("driver", HEAD.id, FIRST.id, SECOND.id)}
+    return node, Look(versions or {"torch": "2.9.0"}, failure, read, locked)
+
+
+class TestVersions:
+    def test_another_version_is_named_with_node_and_both(self):
+        looks = dict([looked(FIRST, versions={"torch": "2.8.0+cu128", "python": "3.11.7"})])
+        ((where, message),) = version_problems(looks, {"torch": "2.9.0+cpu", "python": "3.11.7"})
+        assert where == "node 10.0.0.2 (first)" and message.startswith("has torch 2.8.0+cu128, the driver 2.9.0+cpu; i")
+
+    def test_builds_of_one_version_are_equal(self):
+        looks = dict([looked(FIRST, versions={"torch": "2.9.0+cu128"})])
+        assert version_problems(looks, {"torch": "2.9.0+cpu"}) == []
+
+    def test_a_package_that_is_missing_there_is_told(self):
+        looks = dict([looked(FIRST, versions={"python": "3.11.7"})])
+        ((_, message),) = version_problems(looks, {"python": "3.11.7", "ray": "2.60.0"})
+        assert message.startswith("has no ray, the driver 2.60.0")
+
+    def test_of_this_package_the_code_counts(self):
+        found = versions()
+        assert {"python", "torch", "ray", "orchestrator code"} == set(found) and len(found["orchestrator code"]) == 8
+
+
+class TestStore:
+    RIGHT = {HEAD: True, FIRST: True, SECOND: True}
+
+    def test_one_store_on_all_nodes_is_no_problem(self):
+        assert store_problems(STORE, dict([looked(HEAD), looked(FIRST), looked(SECOND)]), self.RIGHT) == []
+
+    def test_a_disk_of_its_own_is_named_with_ip_and_remedy(self):
+        own = looked(SECOND, unseen=("driver", HEAD.id, FIRST.id), locked=None)
+        others = [looked(HEAD, unseen=(SECOND.id,)), looked(FIRST, unseen=(SECOND.id,))]
+        ((where, message),) = store_problems(STORE, dict([own, *others]), {**self.RIGHT, SECOND: False})
+        assert where == "node 10.0.0.3 (second)"
+        assert "/mnt/store is another folder there" in message and "mount one shared file system" in message
+
+    def test_a_node_that_reads_the_driver_but_whose_writing_is_lost_is_found(self):
+        ((where, _),) = store_problems(STORE, dict([looked(SECOND)]), {SECOND: False})
+        assert where == "node 10.0.0.3 (second)"
+
+    def test_two_nodes_that_do_not_see_each_other_are_found(self):
+        ((where, message),) = store_problems(
+            STORE, dict([looked(FIRST), looked(SECOND, unseen=(FIRST.id,))]), self.RIGHT
+        )
+        assert where == "node 10.0.0.3 (second)" and message.startswith("does not see what 10.0.0.2 wrote")
+
+    def test_a_node_that_cannot_write_is_told_in_the_system_s_words_and_once(self):
+        looks = dict([looked(FIRST, failure="Permission denied"), looked(SECOND, unseen=(FIRST.id,))])
+        ((where, message),) = store_problems(STORE, looks, self.RIGHT | {FIRST: False})
+        assert where == "node 10.0.0.2 (first)" and "(Permission denied)" in message
+
+    def test_locks_that_are_not_seen_are_found(self):
+        ((_, message),) = store_problems(STORE, dict([looked(SECOND, locked=False)]), self.RIGHT)
+        assert "does not see locks" in message
+
+    def test_a_token_is_read_where_it_was_written_and_nowhere_else(self, tmp_path):
+        (tmp_path / "work").mkdir()
+        assert write_token(tmp_path, "t1", "me") is None and read_token(tmp_path, "t1", "me")
+        assert not read_token(tmp_path, "t2", "me") and not read_token(tmp_path / "other", "t1", "me")
+        assert write_token(tmp_path / "none", "t1", "me") == "No such file or directory"
+
+    def test_a_lock_is_seen_by_another_process_while_it_is_held(self, tmp_path):
+        file = tmp_path / "held"
+        file.touch()
+        code = "import sys, pathlib, orchestrator.cluster.nodes as n; print(n.sees_lock(pathlib.Path(sys.argv[1])))"
+        with file.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            asked = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
+        assert asked.stdout.strip() == "True"
+        assert sees_lock(file) is False
+
+
+CHECK = """
+import json, sys, time
+from pathlib import Path
+from orchestrator.cluster.connect import connect
+from orchestrator.cluster.nodes import alive, check_nodes
+from orchestrator.recipe import Resources
+from orchestrator.store import Store
+
+store = Store.open(Path(sys.argv[1]))
+there = connect(Resources())
+while len(alive()) < int(sys.argv[2]):
+    time.sleep(0.1)
+found = check_nodes(Resources(), store.root)
+left = [path.name for path in (store.root / "work").iterdir()]
+print(json.dumps([found, check_nodes(Resources(workers=4), store.root), left]))
+"""
+
+
+@pytest.mark.cluster
+def test_real_nodes_are_looked_at_and_the_one_with_another_disk_is_named(tmp_path):
+    """One test for the price of one cluster: a head without CPUs, a node, and one whose store is a disk of its own."""
+    store = tmp_path / "store"
+    (store / "work").mkdir(parents=True)
+    (store / ".orchestrator-store").touch()
+    mounts = may_mount(store)
+    nodes = Nodes()
+    try:
+        nodes.add()
+        if mounts:
+            own = f'mount -t tmpfs tmpfs "{store}" && mkdir "{store}/work" && exec "$@"'
+            nodes.add(inside=[*UNSHARE, own, "sh"])
+        command = [sys.executable, "-c", CHECK, store, str(len(nodes.nodes))]
+        environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=DEADLINE, check=False)
+        assert done.returncode == 0, done.stderr + nodes.logs()
+        found, room, left = json.loads(done.stdout)
+        assert left == []  # no token stays behind
+        assert [where.split()[1] for where, _ in found] == (["127.0.0.3"] if mounts else [])
+        assert all(f"{store} is another folder there" in message for _, message in found)
+        ((field, message),) = room
+        assert field == "resources.workers"
+        assert message.startswith(
+            f"4 training workers need 1 CPU each, the {2 + mounts} nodes have room for {1 + mounts}"
+        )
+    finally:
+        nodes.close()
