@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,6 +158,94 @@ def plan(
 
 
 @app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (`orchestrator recipes`) or a YAML file.")],
+    overrides: Overrides = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(help="Ranges shipped for a method or pipeline, such as fixmatch; left out, what fits the recipe."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH=RANGE", help="One more range, such as stages.model.optim.lr='loguniform(0.01, 1)'."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE.FACT", help="What trials are compared by; left out, the Judge's or last Probe's."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help="max or min.")] = "max",
+    trials: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    budget: Annotated[
+        str | None, typer.Option(help="At most so long: 90s, 30m, 2h; or so many GPU-hours: 4gpuh.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at once; left out, as many as there is room for.")
+    ] = None,
+    search: Annotated[str, typer.Option(help="tpe (Optuna), random or grid.")] = "tpe",
+    stop: Annotated[
+        str, typer.Option(help="asha ends trials that fall behind during training; none lets all end.")
+    ] = "asha",
+    confirm: Annotated[
+        int, typer.Option(min=0, help="Seeds on which the best is held against the default after the search.")
+    ] = 3,
+    held_out: Annotated[
+        float, typer.Option("--holdout", help="Share of the labelled images that judges trials, without data.holdout.")
+    ] = 0.2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be searched, and train nothing.")] = False,
+    labelled: Annotated[str | None, typer.Option(help="Labelled images.")] = None,
+    unlabelled: Annotated[str | None, typer.Option(help="Unlabelled images.")] = None,
+    test: Annotated[str | None, typer.Option(help="Labelled test images.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Search over a recipe, on a hold-out. Ctrl-C stops cleanly; the same command goes on where it was."""
+    for name, value, known in (
+        ("mode", mode, ("max", "min")), ("search", search, ("tpe", "random", "grid")), ("stop", stop, ("asha", "none"))
+    ):  # fmt: skip
+        if value not in known:
+            raise UserError(f"--{name} {value}: must be {' or '.join(known)}{nearest(value, known)}")
+    if not 0 < held_out < 1:
+        raise UserError(f"--holdout {held_out:g}: must be above 0 and below 1, a share of the labelled images")
+    from orchestrator.context import Interrupted
+    from orchestrator.display import Display
+    from orchestrator.search import make_search, read_budget
+    from orchestrator.trial_display import line, show_search, watch_search
+    from orchestrator.tune import execute_search, prepare_search
+
+    limits = read_budget(trials, budget)
+    checked = _load(recipe, overrides, labelled, unlabelled, test)
+    display = Display(sys.stderr if as_json else sys.stdout)
+    made, notes = make_search(
+        checked, label=recipe, names=space or (), params=param or (), metric=metric, mode=mode,  # type: ignore[arg-type]
+        algorithm=search, stop=stop, fraction=held_out,  # type: ignore[arg-type]
+    )  # fmt: skip
+    prepared = prepare_search(
+        checked, store, made, budget=limits, concurrent=concurrent, confirm=confirm, notes=tuple(notes),
+        progress=display.reading,
+    )  # fmt: skip
+    display.close()
+    for text in (*prepared.lines(), *(f"  {notice}" for notice in prepared.data.notices)):
+        display.line(text)
+    if dry_run:
+        if as_json:
+            _print_json(prepared.json())
+        return
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    with aside, _stop_on_interrupt(prepared.folder / "stop", display), watch_search(display, prepared.folder):
+        try:
+            result = execute_search(
+                prepared, notice=display.notice,
+                finished=lambda trial: display.line(line(prepared.about(), trial)),
+            )  # fmt: skip
+        except Interrupted:
+            display.line("Stopped. Everything done is kept; the same command goes on where it was.")
+            raise typer.Exit(130) from None
+    show_search(display, prepared.folder)
+    if as_json:
+        _print_json({**prepared.json(), "best_recipe": str(prepared.folder / "best.yaml"), "result": result})
+
+
+@app.command()
 def status(
     run: Annotated[str | None, typer.Argument(help="A run, or the beginning of its name; left out, all runs.")] = None,
     store: StoreOption = DEFAULT_STORE,
@@ -169,11 +258,13 @@ def status(
     """Where runs stand: stages, progress, seconds and how much of them was not training; or the jobs of a cluster."""
     from orchestrator.display import Display, status_rows
     from orchestrator.runs import read_head
+    from orchestrator.trial_display import status_line, trial_table
+    from orchestrator.trials import is_search, read_trials
 
     if address is not None:
         _cluster_status(run, address, token, as_json)
         return
-    folders = [_find_run(store, run)] if run else _runs(store)
+    folders = [_find_run(store, run, searches=True)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
     if as_json:
         _print_json(
@@ -184,6 +275,12 @@ def status(
     if not heads:
         display.line(f"no runs in {store}; start with `orchestrator run quickstart`")
     for head, folder in zip(heads, folders, strict=True):
+        if is_search(head):
+            trials = read_trials(folder)
+            display.line(status_line(head, trials))
+            if run is not None:
+                display.console.print(trial_table(head["search"], trials))
+            continue
         display.status(head, status_rows(store, folder), whole=run is not None)
 
 
@@ -308,12 +405,22 @@ def show(
     from orchestrator.run import RunResult
     from orchestrator.runs import read_head
     from orchestrator.store import Store
+    from orchestrator.trial_display import show_search
+    from orchestrator.trials import is_search, read_trials
 
-    folder = _find_run(store.absolute(), run)
+    folder = _find_run(store.absolute(), run, searches=True)
     opened = Store.open(store)
     head = read_head(folder)
     stages = status_rows(store, folder)
     report = str(write_report(opened, folder))
+    if is_search(head):
+        if as_json:
+            trials = [asdict(trial) for trial in read_trials(folder)]
+            _print_json({"search": folder.name, "store": str(opened.root), "report": report,
+                         "question": head["search"], "trials": trials, "result": head["result"]})  # fmt: skip
+        else:
+            show_search(Display(sys.stdout), folder, head=head)
+        return
     result = RunResult(folder.name, str(opened.root), report, head.get("verdict"), stages, head.get("comparison"))
     if as_json:
         _print_json(result.json())
@@ -551,8 +658,14 @@ def _runs(store: Path) -> list[Path]:
     return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime)
 
 
-def _find_run(store: Path, name: str) -> Path:
+def _find_run(store: Path, name: str, *, searches: bool = False) -> Path:
+    """The folder of a run, or with `searches` of a search too, by the beginning of its name."""
+    from orchestrator.runs import read_head
+    from orchestrator.trials import is_search
+
     runs = _runs(store)
+    if not searches:
+        runs = [folder for folder in runs if not is_search(read_head(folder))]
     if not runs:
         raise UserError(f"store {store}: has no runs; start with `orchestrator run quickstart`, or give --store")
     if name == "latest":

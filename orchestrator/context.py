@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,13 @@ class Recorder(Protocol):
     def metrics(self, run: str, values: dict[str, float], step: int) -> None: ...
 
 
+class Watcher(Protocol):
+    """Who is told what a look at a training's hold-out saw, by `orchestrator.training.health`'s names. May not return:
+    then the training ends there."""
+
+    def __call__(self, step: int, total: int, seen: Mapping[str, float]) -> None: ...
+
+
 class Workers(Protocol):
     """How work is spread over processes: see orchestrator.cluster."""
 
@@ -67,6 +74,7 @@ class Context:
     recorder: Recorder | None = None
     features: Path | None = None  # folder where the run keeps extracted features; None: they are not kept
     notice: Callable[[str], None] = lambda line: None
+    watcher: Watcher | None = None  # told of the hold-out while a training goes on
     computing: float = 0.0  # seconds spent training, labelling and probing: what is not overhead
     _told: float = field(default=0.0, repr=False)
     _stop_seen: tuple[float, bool] = field(default=(0.0, False), repr=False)

@@ -287,7 +287,7 @@ def _earlier_keys(store: Store, prepared: Prepared) -> dict[str, str]:
         for p in sorted((store.root / "runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)
     ]
     for head in reversed(heads):
-        if head["recipe"] == prepared.recipe.name and head["run"] != prepared.name:
+        if head["recipe"] == prepared.recipe.name and head["run"] != prepared.name and head["stages"]:
             return {stage["name"]: stage["key"] for stage in head["stages"]}
     return {}
 

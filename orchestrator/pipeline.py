@@ -58,6 +58,8 @@ class Setting:
     resources: Resources
     recorder: Recorder | None = None
     prefix: str = ""  # before stage names, where a run has several seeds
+    parent: str = PIPELINE  # the tracking run above the stages
+    watcher: Callable[..., None] | None = None  # as Context.watcher, told the stage's name before the rest
 
     def stage_file(self, name: str) -> Path:
         """Where a stage's outcome is kept: one file a stage, so that processes never write the same one."""
@@ -65,7 +67,7 @@ class Setting:
 
     def run_of(self, planned: Planned) -> tuple[str, str]:
         """(tracking run, its parent) of a stage: under the pipeline, or under its round, which is under its rounds."""
-        parent = PIPELINE if planned.group is None else f"{self.prefix}{planned.group}.{planned.round}"
+        parent = self.parent if planned.group is None else f"{self.prefix}{planned.group}.{planned.round}"
         return f"{self.prefix}{planned.name}", parent
 
     def tell(self, outcome: Outcome) -> None:
@@ -151,6 +153,7 @@ def run_stage(
             workers=workers, round=planned.round, stop_file=setting.folder / "stop",
             save_seconds=setting.resources.save_seconds, run=setting.run_of(planned)[0], recorder=setting.recorder,
             notice=note, features=store.root / "features",
+            watcher=None if setting.watcher is None else functools.partial(setting.watcher, planned.name),
         )  # fmt: skip
         torch.set_num_threads(context.threads)
         try:
@@ -254,7 +257,7 @@ def run_rounds(
     over = ""
     if setting.recorder is not None:
         top = f"{setting.prefix}{group}"
-        setting.recorder.start(top, parent=PIPELINE, name=group, tags={"stage": "rounds"}, params={})
+        setting.recorder.start(top, parent=setting.parent, name=group, tags={"stage": "rounds"}, params={})
         for number in sorted(
             {stage.round for stage in plan.stages if stage.group == group and stage.round is not None}
         ):

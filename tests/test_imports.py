@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PRODUCT = [path for top in ("methods", "orchestrator") for path in (ROOT / top).rglob("*.py")]
+PRODUCT = [path for top in ("methods", "orchestrator", "tune_spaces") for path in (ROOT / top).rglob("*.py")]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PRODUCT)
+SPACES_MAY = {"ray", "numpy", "tune_spaces", *sys.stdlib_module_names}
 METHODS_MAY = {"torch", "torchvision", "timm", "einops", "methods", *sys.stdlib_module_names}
-DOORS = {  # each heavy dependency, and the only place that imports it
-    "ray": "orchestrator/cluster/",
+DOORS: dict[str, str | tuple[str, ...]] = {  # each heavy dependency, and the only place that imports it
+    "ray": ("orchestrator/cluster/", "tune_spaces/"),
+    "optuna": "orchestrator/cluster/",
     "mlflow": "orchestrator/tracking.py",
     "matplotlib": "orchestrator/report/",
 }
@@ -66,6 +68,11 @@ def test_a_method_knows_only_torch_and_the_standard_library(file):
     assert [found for found in roots_of(file) if found[0] not in METHODS_MAY] == []
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("tune_spaces/")])
+def test_a_space_knows_only_ray_tune(file):
+    assert [found for found in roots_of(file) if found[0] not in SPACES_MAY] == []
+
+
 @pytest.mark.parametrize("dependency", DOORS)
 def test_a_heavy_dependency_has_one_door(dependency):
     door = DOORS[dependency]
@@ -87,6 +94,6 @@ def test_ray_is_not_reached_by_importing_what_lies_beside_the_cluster():
 def test_every_package_in_use_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in project["dependencies"]}
-    known = {"methods", "orchestrator", *sys.stdlib_module_names}
+    known = {"methods", "orchestrator", "tune_spaces", *sys.stdlib_module_names}
     used = {(name, file) for file in FILES for name, _ in roots_of(file) if name not in known}
     assert {(name, file) for name, file in used if DISTRIBUTIONS.get(name, name).lower() not in declared} == set()

@@ -7,11 +7,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.report import compared, health, judgement, learning, record
+from orchestrator.report import compared, health, judgement, learning, record, searched
 from orchestrator.report.content import Section
 from orchestrator.report.gallery import Pictures
 from orchestrator.report.reading import RunFacts, read_run
 from orchestrator.store import Store, replace_file
+from orchestrator.trials import is_search
 
 
 def write_report(store: Store, folder: Path) -> Path:
@@ -24,7 +25,8 @@ def write_report(store: Store, folder: Path) -> Path:
         UserError: there is no such run, or a stored answer lost a file.
     """
     run = read_run(store, folder)
-    page = render(run, sections_of(run, store))
+    sections = searched.sections(run, folder) if is_search(run.head) else sections_of(run, store)
+    page = render(run, sections)
     path = folder / "report.html"
     replace_file(path, lambda part: part.write_text(page, encoding="utf-8", errors="replace"))
     return path

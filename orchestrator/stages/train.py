@@ -484,6 +484,9 @@ class Fit:
                     curves += [(step.number, name, value) for name, value in found.items()]
                     if part == 0:
                         context.log(step.number, found)
+                    if context.watcher is not None:
+                        save(number)  # whoever watches may end the training here, and its state is kept
+                        context.watcher(number, total, found)
                     for line in lines:
                         context.notice(line)
                     if watch.stopped:
