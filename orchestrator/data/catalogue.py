@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import io
-import itertools
 import json
 import math
 import os
@@ -47,6 +46,7 @@ LARGEST_STORED_DECODED = 96  # pixels: 27 KB an image, 14 GB for 500 thousand; a
 STREAM_BYTES = 256 * 2**20  # of row groups that a process holds of a streamed source, where nobody says otherwise
 _OPEN_BLOCKS = 64  # of encoded images; each takes one of the files that a process may have open
 _AT_ONCE = 32  # items handed to a thread together: fewer costs more in hand-over than it gains in balance
+_BYTES_AT_ONCE = 4 * 2**20  # or so many encoded bytes of them
 _JOURNAL = pa.schema(
     [
         ("id", pa.binary(32)),
@@ -323,7 +323,7 @@ class _Scan:
     def _looked_at(self, start: int, stop: int, decoded: int | None) -> Iterator[tuple[tuple, bytes | None]]:
         """What `_look` says of every item, in order; a few chunks ahead in threads, never the whole block in memory."""
         items = zip(range(start, stop), self.listing.items(start, stop), strict=False)
-        chunks = iter(lambda: list(itertools.islice(items, _AT_ONCE)), [])
+        chunks = _chunks(items)
         if self.threads == 1:
             for chunk in chunks:
                 for row, item in chunk:
@@ -365,6 +365,20 @@ class _Scan:
             image.save(buffer, "PNG")
             data = buffer.getvalue()
         return record, data
+
+
+def _chunks(items: Iterator[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
+    """Items to be decoded together."""
+    chunk: list[tuple[int, Item]] = []
+    size = 0
+    for row, item in items:
+        chunk.append((row, item))
+        size += len(item) if isinstance(item, bytes) else 0
+        if len(chunk) == _AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _finish(listing: Listing, folder: Path, storage: str, pixels: int | None) -> None:

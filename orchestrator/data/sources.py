@@ -70,6 +70,7 @@ SEPARATORS = (",", ";", "|")
 WHOLE = "none"  # instead of a separator: every cell is one class, whatever it holds
 _ROWS_PER_BLOCK = 4096
 _ROWS_READ_AT_ONCE = 256
+_BYTES_READ_AT_ONCE = 8 * 2**20  # where 256 rows would be more
 _EMPTY = "the row holds no image"
 
 # A file's path, an encoded image, decoded pixels (H, W, 3), or why there is none.
@@ -530,7 +531,10 @@ def _parquet(source: str, place: Place, files: Sequence[str], separator: str | N
     def items(start: int, stop: int) -> Iterator[Item]:
         file, groups = blocks[start, stop]
         root = None if place.remote else os.path.dirname(files[0])
-        for batch in read_cells(place, files[file], groups, image, _ROWS_READ_AT_ONCE):
+        first, last = np.searchsorted(shards.starts, [start, stop])
+        each = max(1, int(shards.bytes[first:last].sum()) // (stop - start))
+        rows = max(1, min(_ROWS_READ_AT_ONCE, _BYTES_READ_AT_ONCE // each))
+        for batch in read_cells(place, files[file], groups, image, rows):
             for cell in batch.to_pylist():
                 data, inside = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
                 if data is not None:

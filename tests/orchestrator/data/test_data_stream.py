@@ -1,8 +1,13 @@
 """Streamed Parquet shards: the same images, in an order that reads each row group once, within a stated memory."""
 
+import gc
+import json
 import os
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +18,10 @@ from data_images import encoded, flat_folder, hugging_face, pixels
 from hypothesis import given
 from hypothesis import strategies as st
 from object_store import serving
+from records import records
 
+from methods.base import View
+from methods.views.policy import Augment
 from orchestrator.data import shards as shards_module
 from orchestrator.data.images import Images
 from orchestrator.data.loader import Blocks, Order
@@ -23,7 +31,9 @@ from orchestrator.data.splits import Data, DataConfig, Split, open_data
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
+from orchestrator.training.loop import Stream, make_batch
 
+ROOT = Path(__file__).parents[3]
 ROWS = 60
 GROUP = 5  # rows a row group
 
@@ -414,3 +424,100 @@ def test_a_remote_source_that_cannot_be_read_says_what_to_do(tmp_path, source, t
 def test_a_file_uri_is_read_like_any_other_file_system(shards, tmp_path):
     assert len(streamed(f"file://{shards}", tmp_path)) == ROWS
     assert shards_module.Place.of(f"file://{shards}").uri() == f"file://{shards}"
+
+
+# ---- under a limit of memory
+
+
+UNDER_A_LIMIT = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from orchestrator.data.loader import Order
+from orchestrator.data.splits import DataConfig, Split, open_data
+from records import records
+
+folder, stream, allowed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(1)
+
+def epoch(source, name):
+    config = DataConfig(pixels=256, splits={"images": Split(source=source)}, stream=stream, stream_mib=8)
+    images = open_data(config, folder / name, seed=0).splits["images"]
+    order, total = Order.of(images, 32, 0), torch.zeros(len(images), dtype=torch.int64)
+    for step in range(order.images_per_epoch // 32):
+        rows = order.at(step)[0]
+        total[rows] += images.batch(rows).amax(dim=(1, 2, 3))
+    return int((total > 0).sum())
+
+def mapped(field="VmSize"):
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
+
+epoch(str(records(folder / "small", 64, side=256, shards=1, row_group=8)), "warm")  # imports, threads, first buffers
+base = mapped()
+resource.setrlimit(resource.RLIMIT_AS, (base + allowed, resource.RLIM_INFINITY))
+seen = epoch(sys.argv[4], "cache")
+print(json.dumps({"seen": seen, "grown": mapped("VmPeak") - base}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and Linux keeps RLIMIT_AS")
+def test_data_three_times_the_memory_are_scanned_and_learned_from(tmp_path):
+    """226 MB of decoded images under 64 MiB above what the imports take; a copy that is mapped whole does not fit."""
+    source = records(tmp_path / "large", 1152, side=256, shards=2, row_group=8)
+    allowed = 64 * 2**20
+    assert 1152 * 3 * 256**2 > 3 * allowed
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "MALLOC_ARENA_MAX": "1",  # an arena reserves 64 MiB of addresses for each thread
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # mimalloc reserves a GiB
+        "OMP_NUM_THREADS": "1",
+    }
+    ended = {}
+    for stream in ("always", "never"):
+        folder = tmp_path / stream
+        command = [sys.executable, "-c", UNDER_A_LIMIT, str(folder), stream, str(allowed), str(source)]
+        ended[stream] = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended["always"].returncode == 0, ended["always"].stderr
+    told = json.loads(ended["always"].stdout)
+    assert told["seen"] == 1152 and told["grown"] <= allowed
+    assert "Cannot allocate memory" in ended["never"].stderr
+
+
+def python_objects(count: int, folder: Path) -> tuple[int, int]:
+    """Small Python objects that are there while an epoch of `count` records passes loader and views, and at most during
+    their scan."""
+    source = str(records(folder / "data", count, side=8, shards=2))
+    scanning: list[int] = []
+    gc.collect()
+    before = sys.getallocatedblocks()
+    config = DataConfig(pixels=8, splits={"images": Split(source=source, labels=False)})
+    data = open_data(
+        config, folder / "cache", seed=0, progress=lambda *step: scanning.append(sys.getallocatedblocks() - before)
+    )
+    images = data.splits["images"]
+    stream = Stream("unlabelled", images, Order.of(images, 1000, 0))
+    views = (View("view1", Augment().build(8)), View("view2", Augment().build(8)))
+    seen = torch.zeros(count, dtype=torch.bool)
+    most = 0
+    for step in range(count // 1000):
+        batch, _ = make_batch(views, [stream], step, seed=0, device=torch.device("cpu"))
+        assert batch["view1"].shape == batch["view2"].shape == (1000, 3, 8, 8)
+        seen[batch["unlabelled.index"]] = True
+        most = max(most, sys.getallocatedblocks() - before)
+    assert len(images) == count and seen.all()
+    return most, max(scanning)
+
+
+def test_a_row_takes_no_python_object(tmp_path):
+    python_objects(1_000, tmp_path / "warm")
+    few, _ = python_objects(5_000, tmp_path / "few")
+    many, scanned = python_objects(15_000, tmp_path / "many")
+    assert many - few < 1_000  # for 10,000 rows more
+    assert scanned < 15 * 4096  # a block of the scan has its records as tuples
+
+
+@pytest.mark.slow
+def test_an_epoch_of_a_million_records_passes_loader_and_views_without_an_object_for_each(tmp_path):
+    python_objects(1_000, tmp_path / "warm")
+    learned, scanned = python_objects(1_000_000, tmp_path / "million")
+    assert learned < 20_000 and scanned < 15 * 4096
