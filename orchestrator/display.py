@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.pipeline import Outcome
-from orchestrator.plan import why
+from orchestrator.plan import waves, why
 from orchestrator.run import Prepared, RunResult
 from orchestrator.runs import read_head, read_outcomes
 from orchestrator.store import Store
@@ -101,10 +101,15 @@ class Display:
 
     def plan(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """A plan's stages."""
-        table = Table("stage", "key", "state", "work", "why", box=None, pad_edge=False)
+        table = Table("stage", "key", "state", "wave", "work", "why", box=None, pad_edge=False)
         for row in rows:
-            table.add_row(row["name"], row["key"][:8], row["state"], row["work"], Text(row["why"]))
+            table.add_row(row["name"], row["key"][:8], row["state"], str(row["wave"]), row["work"], Text(row["why"]))
         self.console.print(table)
+        todo = [row for row in rows if row["state"] != "stored"]
+        widest = max((sum(row["wave"] == wave for row in todo) for wave in {row["wave"] for row in todo}), default=0)
+        if widest > 1:
+            self.line(f"Stages of one wave do not wait for each other: up to {widest} run at the same time, as many as "
+                      "resources.parallel allows here, or as fit on a cluster.")  # fmt: skip
 
     def result(self, prepared: Prepared, result: RunResult) -> None:
         """The end of a run: verdict, paths, next command."""
@@ -267,6 +272,7 @@ def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:
     rows = []
     for plan in prepared.plans:
         changed: set[str] = set()
+        wave = waves(plan)
         for stage in plan.stages:
             name = prepared.prefix(plan) + stage.name
             state, reason = why(stage, prepared.store, earlier.get(name))
@@ -275,7 +281,8 @@ def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:
             work = stage.work
             parts = [f"{work[key]:,} {key}" for key in ("steps", "images", "parameters") if key in work]
             precision = stage.question["config"].get("precision")
-            rows.append({"name": name, "kind": stage.kind, "key": stage.key, "state": state, "why": reason, **work,
+            rows.append({"name": name, "kind": stage.kind, "key": stage.key, "state": state, "why": reason,
+                         "wave": wave[stage.name], **work,
                          "work": ", ".join(parts + ([precision] if precision else []))})  # fmt: skip
     return rows
 

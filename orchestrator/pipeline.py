@@ -23,7 +23,7 @@ from orchestrator.artifacts import Artifact, Checkpoint, Decision
 from orchestrator.context import Context, Interrupted, Workers
 from orchestrator.data.images import Images
 from orchestrator.errors import UserError
-from orchestrator.plan import Plan, Planned
+from orchestrator.plan import Plan, Planned, Unit, units
 from orchestrator.recipe import Resources
 from orchestrator.stage import StopRound, inputs_of
 from orchestrator.store import Store, replace_file
@@ -79,8 +79,8 @@ class Setting:
 
 
 def threads_of(resources: Resources) -> int:
-    """Threads a process uses: the machine's cores, shared by the workers, unless the recipe says."""
-    return resources.threads or max(1, cores() // resources.workers)
+    """Threads a process uses: the machine's cores, shared by workers and stages, unless the recipe says."""
+    return resources.threads or max(1, cores() // (resources.workers * (resources.parallel or 1)))
 
 
 def cores() -> int:
@@ -248,22 +248,40 @@ def _key_of(value: Any) -> Any:
     return f"images:{value.fingerprint}" if isinstance(value, Images) else value.key
 
 
-def run_rounds(
-    group: str, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None],
+def run_unit(
+    unit: Unit, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None],
     finished: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:  # fmt: skip
+    """A stage, or the rounds of a group.
+
+    Raises:
+        UserError: a guard outside of rounds refused to go on, or what `run_stage` raises.
+    """
+    if unit.name in plan.rounds:
+        return _run_rounds(unit, plan, setting, workers, notice, finished)
+    (planned,) = unit.stages
+    try:
+        outcome = run_stage(planned, plan, setting, workers, notice)
+    except StopRound as stop:
+        raise UserError(f"{planned.name}: {stop}") from stop
+    finished(outcome)
+    return [outcome]
+
+
+def _run_rounds(
+    unit: Unit, plan: Plan, setting: Setting, workers: Workers | None, notice: Callable[[str], None],
+    finished: Callable[[Outcome], None],
 ) -> list[Outcome]:  # fmt: skip
     """The rounds of a group, in order, up to the last or the one a gate or a guard ends. State is the store's alone."""
     outcomes: list[Outcome] = []
-    over = ""
+    over, group = "", unit.name
     if setting.recorder is not None:
         top = f"{setting.prefix}{group}"
         setting.recorder.start(top, parent=setting.parent, name=group, tags={"stage": "rounds"}, params={})
-        for number in sorted(
-            {stage.round for stage in plan.stages if stage.group == group and stage.round is not None}
-        ):
+        for number in sorted({stage.round for stage in unit.stages if stage.round is not None}):
             tags = {"stage": "round", "round": str(number)}
             setting.recorder.start(f"{top}.{number}", parent=top, name=f"{group} {number}", tags=tags, params={})
-    for planned in (stage for stage in plan.stages if stage.group == group):
+    for planned in unit.stages:
         name = setting.prefix + planned.name
         outcome = Outcome(name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
         if not over:
@@ -279,33 +297,25 @@ def run_rounds(
         outcomes.append(outcome)
         finished(outcome)
     if setting.recorder is not None:
-        for run in {setting.run_of(s)[1] for s in plan.stages if s.group == group} | {f"{setting.prefix}{group}"}:
+        for run in {setting.run_of(s)[1] for s in unit.stages} | {f"{setting.prefix}{group}"}:
             setting.recorder.end(run, "FINISHED")
     return outcomes
 
 
 def run_plan(
     plan: Plan, setting: Setting, *, workers: Workers | None = None,
-    rounds: Callable[..., list[Outcome]] = run_rounds, notice: Callable[[str], None] = lambda line: None,
+    rounds: Callable[..., list[Outcome]] = run_unit, notice: Callable[[str], None] = lambda line: None,
     finished: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:  # fmt: skip
-    """Every stage of a plan in order. `rounds` runs a group: here, or in a coordinator of its own.
+    """Every unit of a plan in order. `rounds` runs a group: here, or in a coordinator of its own.
 
     Raises:
-        UserError: a guard outside of rounds refused to go on, or what `run_stage` raises.
+        UserError: as `run_unit`.
     """
     outcomes: list[Outcome] = []
-    done: set[str] = set()
-    for planned in plan.stages:
-        if planned.group is None:
-            try:
-                outcomes.append(run_stage(planned, plan, setting, workers, notice))
-            except StopRound as stop:
-                raise UserError(f"{planned.name}: {stop}") from stop
-            finished(outcomes[-1])
-        elif planned.group not in done:
-            done.add(planned.group)
-            outcomes += rounds(planned.group, plan, setting, workers, notice, finished)
+    for unit in units(plan):
+        run = rounds if unit.name in plan.rounds else run_unit
+        outcomes += run(unit, plan, setting, workers, notice, finished)
     return outcomes
 
 

@@ -54,6 +54,42 @@ class Plan:
         return next(stage.key for stage in self.stages if stage.name == name)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What runs as a whole: a stage, or all rounds of a group."""
+
+    name: str
+    stages: tuple[Planned, ...]
+    after: frozenset[str]  # the units whose answers it reads
+
+    @property
+    def keys(self) -> set[str]:
+        """Of its stages."""
+        return {stage.key for stage in self.stages}
+
+
+def units(plan: Plan) -> list[Unit]:
+    """A plan's units, in the recipe's order. Those that do not come after each other may run at the same time."""
+    names = {stage.name: stage.group or stage.name for stage in plan.stages}
+    found = []
+    for name in dict.fromkeys(names.values()):
+        stages = tuple(stage for stage in plan.stages if names[stage.name] == name)
+        read = {target for stage in stages for targets in stage.inputs.values() for target in targets}
+        if name in plan.rounds:
+            read.add(plan.rounds[name].first)
+        after = {names.get(target, target) for target in read if target in names or target in plan.rounds}
+        found.append(Unit(name, stages, frozenset(after - {name})))
+    return found
+
+
+def waves(plan: Plan) -> dict[str, int]:
+    """Of each stage, the number of units in the longest chain that must be done before it: 0 waits for nothing."""
+    depth: dict[str, int] = {}
+    for unit in units(plan):
+        depth[unit.name] = 1 + max((depth[name] for name in unit.after), default=-1)
+    return {stage.name: depth[stage.group or stage.name] for stage in plan.stages}
+
+
 def stage_seed(seed: int, round_number: int | None) -> int:
     """Each round draws anew: a student that follows a refused one is not the same again."""
     return seed if round_number is None else seed + 1009 * (round_number + 1)

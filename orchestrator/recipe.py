@@ -29,7 +29,8 @@ class Resources:
 
     workers: int = 1  # data-parallel training processes; 1 trains in the process that is there
     min_workers: int | None = None  # that training goes on with when others are lost, until they are back; None: all
-    threads: int | None = None  # a process may use; None: the machine's cores, shared by the workers
+    parallel: int | None = None  # stages at a time that do not wait for each other; None: 1, on a cluster all that fit
+    threads: int | None = None  # a process may use; None: the machine's cores, shared by all; on a cluster 1
     labellers: int = 0  # labelling processes; 0: one process labels, better below about 100 thousand images
     gpus: float = 0  # for each worker
     save_seconds: float = 30.0  # between checkpoints of a training
@@ -39,8 +40,10 @@ class Resources:
             raise ValueError(f"workers = {self.workers}: must be at least 1")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(f"min_workers = {self.min_workers}: must be from 1 to workers = {self.workers}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads = {self.threads}: must be at least 1")
+        for name in ("threads", "parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
         if self.labellers < 0 or self.gpus < 0 or self.save_seconds < 0:
             raise ValueError("labellers, gpus, save_seconds: must be at least 0")
 

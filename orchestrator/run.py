@@ -148,11 +148,13 @@ def execute(
     _write_head(prepared)
     workers: Any = None
     rounds: dict[str, Any] = {}
+    together: dict[str, Any] | None = None
     if todo and use_ray:
+        from orchestrator.cluster.coordinator import at_a_time, coordinated
         from orchestrator.cluster.fit import RayWorkers
-        from orchestrator.cluster.rounds import coordinated_rounds
 
-        workers, rounds = RayWorkers(recipe.resources), {"rounds": coordinated_rounds}
+        workers, rounds = RayWorkers(recipe.resources), {"rounds": coordinated}
+        together = at_a_time(recipe.resources)
     up = time.perf_counter()
     _record_head(prepared, recorder)
     sender.start()
@@ -166,9 +168,17 @@ def execute(
         return {"total": wall, "start_up": start_up, "computing": computing, "overhead": wall - start_up - computing}
 
     try:
-        for plan in prepared.plans:
-            setting = Setting(store, folder, recipe.resources, recorder, prepared.prefix(plan))
-            outcomes += run_plan(plan, setting, workers=workers, notice=notice, finished=finished, **rounds)
+        plans = [
+            (plan, Setting(store, folder, recipe.resources, recorder, prepared.prefix(plan)))
+            for plan in prepared.plans
+        ]  # fmt: skip
+        if together is not None:
+            from orchestrator.cluster.coordinator import run_together
+
+            outcomes += run_together(plans, **together, notice=notice, finished=finished)
+        else:
+            for plan, setting in plans:
+                outcomes += run_plan(plan, setting, workers=workers, notice=notice, finished=finished, **rounds)
         status = "FINISHED"
         update_head(
             folder, verdict=_verdict(outcomes), comparison=_comparison(outcomes, prepared.plans), seconds=clock(),

@@ -58,6 +58,11 @@ def preflight(resources: Resources, batches: dict[str, int]) -> list[tuple[str, 
         found.append(
             ("resources.labellers", f"{resources.labellers} labellers need a core each, this machine has {cores()}")
         )
+    stages = resources.parallel or 1
+    each = resources.workers * (resources.threads or 1) + resources.labellers
+    if not joined() and stages > 1 and stages * each > cores():
+        found.append(("resources.parallel", f"{stages} stages at a time with {each} processes or threads each need "
+                                            f"{stages * each} cores, this machine has {cores()}"))  # fmt: skip
     for name, batch in batches.items():
         fewest = resources.min_workers or resources.workers
         uneven = [count for count in range(resources.workers, fewest - 1, -1) if batch % count]

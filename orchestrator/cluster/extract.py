@@ -28,10 +28,10 @@ class Labeller:
 LabellerActor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Labeller)
 
 
-def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int) -> list[Tensor]:
-    """The outputs of every shard, in order, whatever actor answered."""
+def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: float = 0) -> list[Tensor]:
+    """The outputs of every shard, in order, whatever actor answered; each actor has `gpus`."""
     kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
-    pool = [LabellerActor.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
+    pool = [LabellerActor.options(num_gpus=gpus).remote(kept) for _ in range(min(actors, max(1, len(shards))))]
     answers: dict[int, Tensor] = {}
     pending: dict[ray.ObjectRef, tuple[int, int]] = {}
     todo = iter(enumerate(shards))

@@ -100,7 +100,7 @@ class RayWorkers:
         if not self.resources.labellers:
             run = job.open()
             return [run(rows) for rows in shards]
-        return predict_in_pool(job, shards, self.resources.labellers)
+        return predict_in_pool(job, shards, self.resources.labellers, self.resources.gpus)
 
 
 def _beside(trainer: TorchTrainer) -> ray.train.Result:

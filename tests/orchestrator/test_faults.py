@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestrator.artifacts import Labels
-from orchestrator.cluster.rounds import Coordinator
+from orchestrator.cluster.coordinator import Coordinator
 from orchestrator.context import Context
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
