@@ -27,12 +27,12 @@ ARMS = ("each", "only", "stages")
 class Resources:
     """What only changes the speed; enters no key."""
 
-    workers: int = 1  # data-parallel training processes; 1 trains in the process that is there
+    workers: int = 1  # data-parallel training processes; 1 trains in the process that is there, or on a cluster's node
     min_workers: int | None = None  # that training goes on with when others are lost, until they are back; None: all
     parallel: int | None = None  # stages at a time that do not wait for each other; None: 1, on a cluster all that fit
     threads: int | None = None  # a process may use; None: the machine's cores, shared by all; on a cluster 1
     labellers: int = 0  # labelling processes; 0: one process labels, better below about 100 thousand images
-    gpus: float = 0  # for each worker
+    gpus: float = 0  # for each worker, and for each labeller
     save_seconds: float = 30.0  # between checkpoints of a training
 
     def __post_init__(self) -> None:
@@ -369,7 +369,9 @@ def _overridden(
     for key, value in overrides.items():
         *path, last = str(key).split(".")
         place: Any = changed
-        for part in path:
+        for depth, part in enumerate(path):
+            if depth and isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}  # options that are all left to their defaults
             place = place.get(part) if isinstance(place, dict) else None
         if not isinstance(place, dict) or not path:
             problems.append((where, f"{key} leads nowhere in stages{nearest(path[0] if path else key, changed)}"))

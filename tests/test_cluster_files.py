@@ -109,7 +109,7 @@ class TestClusterYaml:
         for command in starts:
             assert command.index("export RAY_AUTH_MODE=token") < command.index("ray start")
         assert "--dashboard-host=127.0.0.1" in starts[0] and "0.0.0.0" not in yaml.safe_dump(CLUSTER)
-        assert CLUSTER["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+        assert CLUSTER["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
     def test_the_store_lies_on_what_all_nodes_mount(self):
         starts = CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"]

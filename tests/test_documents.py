@@ -19,9 +19,9 @@ from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md")
 # what every Linux has at the top; any other absolute path in the repository is somebody's own machine
-COMMON = set("bin boot dev etc lib lib64 lost+found opt proc run sbin srv sys tmp usr var".split())
+COMMON = set("bin boot dev etc lib lib64 lost+found media mnt opt proc run sbin srv sys tmp usr var".split())
 
 
 def text_of(document: str) -> str:

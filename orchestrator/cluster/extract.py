@@ -29,9 +29,10 @@ LabellerActor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Lab
 
 
 def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: float = 0) -> list[Tensor]:
-    """The outputs of every shard, in order, whatever actor answered; each actor has `gpus`."""
+    """The outputs of every shard, in order, whatever actor answered."""
     kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
-    pool = [LabellerActor.options(num_gpus=gpus).remote(kept) for _ in range(min(actors, max(1, len(shards))))]
+    labeller = LabellerActor.options(num_gpus=gpus)
+    pool = [labeller.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
     answers: dict[int, Tensor] = {}
     pending: dict[ray.ObjectRef, tuple[int, int]] = {}
     todo = iter(enumerate(shards))

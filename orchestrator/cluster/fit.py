@@ -21,6 +21,7 @@ from torch import nn
 
 from methods.bank import MemoryBank
 from methods.base import Method
+from orchestrator.cluster.connect import joined
 from orchestrator.cluster.extract import predict_in_pool
 from orchestrator.context import Forward, Interrupted
 from orchestrator.errors import UserError
@@ -50,7 +51,7 @@ class RayWorkers:
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         if (self.resources.min_workers or self.resources.workers) < self.resources.workers:
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_SECONDS)
-        if self.resources.workers == 1:
+        if self.resources.workers == 1 and _may_work():
             TorchTrainer(_alone, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)).fit()
             return
         end = self._group(job)
@@ -60,7 +61,7 @@ class RayWorkers:
             raise FloatingPointError(end)
 
     def _group(self, job: Fit) -> str:
-        each = {"CPU": job.context.threads} if not os.environ.get("RAY_ADDRESS") else {}
+        each = {} if joined() else {"CPU": job.context.threads}
         workers, fewest = self.resources.workers, self.resources.min_workers or self.resources.workers
         scaling = ScalingConfig(
             num_workers=workers if fewest == workers else (fewest, workers), use_gpu=self.resources.gpus > 0,
@@ -97,10 +98,21 @@ class RayWorkers:
 
     def predict(self, job: Forward, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The forward pass over every shard, in order: in this process, or by labelling actors."""
-        if not self.resources.labellers:
+        if not self.resources.labellers and (not self.resources.gpus or _may_work()):
             run = job.open()
             return [run(rows) for rows in shards]
-        return predict_in_pool(job, shards, self.resources.labellers, self.resources.gpus)
+        return predict_in_pool(job, shards, max(1, self.resources.labellers), self.resources.gpus)
+
+
+def _may_work() -> bool:
+    """Whether this process may do the work itself: on its own machine, or where the cluster gave it CPUs for it.
+
+    A driver and a coordinator on a cluster hold none, and the node they are on may have none to give, and no GPU.
+    """
+    if not joined():
+        return True
+    here = ray.get_runtime_context()
+    return here.get_actor_id() is not None and here.get_assigned_resources().get("CPU", 0) > 0
 
 
 def _beside(trainer: TorchTrainer) -> ray.train.Result:

@@ -53,7 +53,7 @@ class Need:
     """Processes that run at once, each on one node with all it asks for."""
 
     field: str  # of the recipe
-    what: str
+    what: str  # one of them
     count: int
     each: Mapping[str, float]
 
@@ -82,13 +82,11 @@ class Look:
 
 def needs_of(resources: Resources) -> list[Need]:
     """What trains, and what labels: the one waits for the other, so each must fit by itself."""
-    found = []
-    if resources.workers > 1 or resources.gpus:
-        each = {"GPU": float(resources.gpus)} if resources.gpus else {"CPU": 1.0}
-        count = resources.min_workers or resources.workers
-        found.append(Need("resources.workers", "training workers", count, each))
+    gpus = {"GPU": float(resources.gpus)} if resources.gpus else {}
+    fewest = resources.min_workers or resources.workers
+    found = [Need("resources.workers", "training worker", fewest, gpus or {"CPU": 1.0})]
     if resources.labellers:
-        found.append(Need("resources.labellers", "labellers", resources.labellers, {"CPU": 1.0}))
+        found.append(Need("resources.labellers", "labeller", resources.labellers, {"CPU": 1.0, **gpus}))
     return found
 
 
@@ -105,8 +103,9 @@ def room_problems(needs: Sequence[Need], nodes: Sequence[Node], groups: Sequence
         if need.count <= max(sum(now.values()), grown):
             continue
         asked = " and ".join(f"{amount:g} {name}" for name, amount in need.each.items())
+        what = need.what if need.count == 1 else f"{need.what}s"
         rooms = ", ".join(f"{node.ip} {room}" for node, room in now.items() if room) or "none has any"
-        told = f"{need.count} {need.what} need {asked} each, the {len(nodes)} nodes have room for {sum(now.values())}"
+        told = f"{need.count} {what} with {asked} each: the {len(nodes)} nodes have room for {sum(now.values())}"
         if groups is None:
             advice = f"use {sum(now.values())} or fewer, or add nodes (of a cluster that grows by itself, the least)"
         else:

@@ -69,8 +69,10 @@ class Nodes:
         eventually(self._up, self.logs)
 
     def _start(self, *options: str, inside: Sequence[str] = ()) -> subprocess.Popen:
+        # files of its own, as on a machine of its own: a node deletes the copies of folders that its jobs need no more
+        own = self.place / str(len(self.nodes))
         command = [*inside, str(BIN / "ray"), "start", "--block", f"--object-store-memory={MEMORY}",
-                   f"--dashboard-agent-listen-port={free_port()}", *options]  # fmt: skip
+                   f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={own}", *options]  # fmt: skip
         with (self.place / f"node-{len(self.nodes)}").open("wb") as out:
             node = subprocess.Popen(command, stdout=out, stderr=out, env=self.environment, start_new_session=True)
         self.nodes.append(node)

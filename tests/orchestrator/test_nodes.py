@@ -30,7 +30,7 @@ from tests.orchestrator.test_faults import UNSHARE, may_mount
 HEAD = Node("a" * 8, "10.0.0.1", "head", {"node:__internal_head__": 1.0})
 FIRST = Node("b" * 8, "10.0.0.2", "first", {"CPU": 8.0, "GPU": 1.0})
 SECOND = Node("c" * 8, "10.0.0.3", "second", {"CPU": 3.0})
-WORKERS = Need("resources.workers", "training workers", 4, {"CPU": 2.0})
+WORKERS = Need("resources.workers", "training worker", 4, {"CPU": 2.0})
 STORE = Path("/mnt/store")
 
 
@@ -40,32 +40,35 @@ class TestRoom:
 
     def test_a_sum_that_would_do_is_not_enough_when_no_node_has_a_worker_s_share(self):
         four = [Node(str(n), f"10.0.0.{n}", "x", {"CPU": 3.0}) for n in range(4)]  # 12 CPUs, and 4 times 2 are 8
-        assert room_problems([Need("f", "workers", 5, {"CPU": 2.0})], four) != []
-        assert room_problems([Need("f", "workers", 4, {"CPU": 2.0})], four) == []
+        assert room_problems([Need("f", "worker", 5, {"CPU": 2.0})], four) != []
+        assert room_problems([Need("f", "worker", 4, {"CPU": 2.0})], four) == []
 
     def test_the_numbers_and_the_nodes_with_room_are_told(self):
-        ((field, message),) = room_problems([Need("resources.workers", "training workers", 9, {"CPU": 2.0})],
+        ((field, message),) = room_problems([Need("resources.workers", "training worker", 9, {"CPU": 2.0})],
                                             [HEAD, FIRST, SECOND])  # fmt: skip
         assert field == "resources.workers"
-        assert message.startswith("9 training workers need 2 CPU each, the 3 nodes have room for 5 (10.0.0.2 4, "
+        assert message.startswith("9 training workers with 2 CPU each: the 3 nodes have room for 5 (10.0.0.2 4, "
                                   "10.0.0.3 1); use 5 or fewer")  # fmt: skip
 
     def test_a_worker_needs_its_gpu_and_its_cpus_on_one_node(self):
-        both = Need("resources.workers", "training workers", 1, {"CPU": 4.0, "GPU": 1.0})
+        both = Need("resources.workers", "training worker", 1, {"CPU": 4.0, "GPU": 1.0})
         apart = [Node("1", "10.0.0.1", "x", {"GPU": 8.0, "CPU": 2.0}), Node("2", "10.0.0.2", "y", {"CPU": 64.0})]
         ((_, message),) = room_problems([both], apart)
-        assert "need 4 CPU and 1 GPU each" in message and "(none has any)" in message
+        assert "1 training worker with 4 CPU and 1 GPU each" in message and "(none has any)" in message
         assert room_problems([both], [FIRST]) == []
 
     def test_a_cluster_that_grows_is_measured_by_what_it_may_become(self):
-        gpus = Need("resources.workers", "training workers", 4, {"GPU": 1.0})
+        gpus = Need("resources.workers", "training worker", 4, {"GPU": 1.0})
         assert room_problems([gpus], [HEAD]) != []
         assert room_problems([gpus], [HEAD], [Group(2, {"GPU": 2.0, "CPU": 8.0})]) == []
         ((_, message),) = room_problems([gpus], [HEAD], [Group(3, {"GPU": 1.0}), Group(9, {"CPU": 64.0})])
         assert "at most 3 when the cluster has grown" in message and message.endswith("use 3 or fewer")
 
     def test_the_needs_are_the_recipe_s_and_elastic_training_needs_its_least(self):
-        assert needs_of(Resources(labellers=3)) == [Need("resources.labellers", "labellers", 3, {"CPU": 1.0})]
+        one, labelling = needs_of(Resources(labellers=3))
+        assert labelling == Need("resources.labellers", "labeller", 3, {"CPU": 1.0})
+        assert (one.count, one.each) == (1, {"CPU": 1.0})  # a head without a CPU has no room even for one
+        assert needs_of(Resources(labellers=3, gpus=0.5))[1].each == {"CPU": 1.0, "GPU": 0.5}
         (need,) = needs_of(Resources(workers=8, gpus=1))
         assert (need.count, need.each) == (8, {"GPU": 1.0})
         (need,) = needs_of(Resources(workers=8, min_workers=2))
@@ -200,7 +203,7 @@ def test_real_nodes_are_looked_at_and_the_one_with_another_disk_is_named(tmp_pat
         ((field, message),) = room
         assert field == "resources.workers"
         assert message.startswith(
-            f"4 training workers need 1 CPU each, the {2 + mounts} nodes have room for {1 + mounts}"
+            f"4 training workers with 1 CPU each: the {2 + mounts} nodes have room for {1 + mounts}"
         )
     finally:
         nodes.close()

@@ -5,6 +5,7 @@ import http.server
 import json
 import re
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -28,10 +29,15 @@ from orchestrator.cluster.submit import (
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
 from tests.conftest import SMALL
-from tests.orchestrator.ray_nodes import TOKEN, Nodes, eventually
+from tests.orchestrator.ray_nodes import DEADLINE, TOKEN, Nodes, eventually
+from tests.orchestrator.test_faults import run_unbroken
 
-LONG = SMALL.replace("steps: 6", "steps: 100000").replace("resources: {threads: 1}",
-                                                          "resources: {threads: 1, save_seconds: 0}")  # fmt: skip
+BRIEF = SMALL[: SMALL.index("  teacher: &supervised")].replace("name: small", "name: brief")
+LONG = (
+    BRIEF.replace("brief", "long")
+    .replace("steps: 6", "steps: 100000")
+    .replace("threads: 1", "threads: 1, save_seconds: 0")
+)
 
 
 @contextlib.contextmanager
@@ -241,8 +247,8 @@ def folder(tmp_path):
     place = tmp_path / "code"
     place.mkdir()
     (place / "own.py").write_text("from methods.simclr import SimCLR\n\n\nclass Mine(SimCLR):\n    pass\n")
-    (place / "mine.yaml").write_text(SMALL.replace("methods.simclr.SimCLR", "own.Mine"))
-    (place / "long.yaml").write_text(LONG.replace("name: small", "name: long"))
+    (place / "mine.yaml").write_text(BRIEF.replace("methods.simclr.SimCLR", "own.Mine"))
+    (place / "long.yaml").write_text(LONG)
     return place
 
 
@@ -252,7 +258,7 @@ class TestOnACluster:
     def asked(self, cluster, *arguments, **options):
         return cluster.run(*arguments, "--address", cluster.address, "--token", cluster.token, **options)
 
-    def test_a_recipe_with_own_classes_runs_to_its_verdict_and_is_not_run_twice(
+    def test_a_recipe_with_own_classes_gives_there_what_it_gives_here_and_is_not_run_twice(
         self, cluster, folder, tmp_path, monkeypatch
     ):
         monkeypatch.chdir(folder)
@@ -262,14 +268,30 @@ class TestOnACluster:
         told = json.loads(first.stdout)
         assert told["state"] == "SUCCEEDED" and told["sent"] and told["id"] == told["name"] + "-1"
         (head,) = store.glob("runs/*/run.json")
-        assert f"run {head.parent.name}" in first.stderr and json.loads(head.read_text())["status"] == "FINISHED"
+        assert f"run {head.parent.name}\n" in first.stderr and json.loads(head.read_text())["status"] == "FINISHED"
+        assert first.stderr.count("pretrain                 ran") == 1  # every line is written once
+
+        monkeypatch.syspath_prepend(folder)
+        here, _ = run_unbroken((folder / "mine.yaml").read_text(), tmp_path / "here")
+        there = [json.loads(path.read_text()) for path in head.parent.glob("stages/**/*.json")]
+        assert {stage["name"]: stage["digest"] for stage in there} == here
+
         again = self.asked(cluster, "submit", "mine.yaml", "--store", store, "--follow", "--json")
         assert json.loads(again.stdout)["id"] == told["name"] + "-2"
-        states = {json.loads(path.read_text())["state"] for path in head.parent.glob("stages/**/*.json")}
-        assert states == {"stored"}
+        assert {json.loads(path.read_text())["state"] for path in head.parent.glob("stages/**/*.json")} == {"stored"}
         seen = self.asked(cluster, "status", head.parent.name, "--json")  # by the run's name in the store
         (job,) = json.loads(seen.stdout)
         assert job["id"] == told["name"] + "-2" and any("next" in line for line in job["log"])
+
+    def test_a_plain_ray_job_does_too(self, cluster, folder, tmp_path):
+        store = tmp_path / "store"
+        command = ["ray", "job", "submit", "--working-dir", folder, "--", "orchestrator", "run", "mine.yaml"]
+        environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
+        done = subprocess.run([*map(str, command), "--store", store], capture_output=True, text=True, env=environment,
+                              timeout=DEADLINE, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        (head,) = store.glob("runs/*/run.json")
+        assert json.loads(head.read_text())["status"] == "FINISHED"
 
     def test_stop_ends_after_a_step_with_everything_kept_and_the_same_command_goes_on(
         self, cluster, folder, tmp_path, monkeypatch
