@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -117,6 +117,18 @@ class Images:
     def window(self) -> int:
         """How many `blocks` are shuffled together, so that memory is enough for them."""
         return min(catalogue.window for catalogue in self._catalogues if catalogue.streamed)
+
+    def read_ahead(self, now: Tensor, coming: Tensor) -> list[Future]:
+        """Begin to read the row groups that rows `coming` (P,) lie in; those of rows `now` are still needed."""
+        futures: list[Future] = []
+        for number, catalogue in enumerate(self._catalogues):
+            if catalogue.streamed:
+                groups = [
+                    np.unique(catalogue.groups.number(self._row_of[rows[self._catalogue_of[rows] == number]]))
+                    for rows in (now.numpy(), coming.numpy())
+                ]
+                futures += catalogue.groups.read_ahead(*groups)
+        return futures
 
     @property
     def share_of_groups(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -25,6 +26,14 @@ class Blocks:
 
     def __init__(self, starts: np.ndarray, window: int) -> None:
         self.starts, self.window = torch.from_numpy(starts), window
+
+    def first_rows(self, seed: int, epoch: int, window: int, *, part: int, parts: int) -> Tensor:
+        """A row of each block of a window that a worker's parts of the batches come from, with one to each side, since
+        batches do not take equally much of all."""
+        order, _ = _order_of_blocks(self, seed, epoch)
+        blocks = order[window * self.window : (window + 1) * self.window].sort().values
+        first, last = part * len(blocks) // parts - 1, -(-(part + 1) * len(blocks) // parts) + 1
+        return self.starts[blocks[max(0, first) : last]]
 
     def rows(self, place: Tensor, seed: int, epoch: int) -> Tensor:
         """Rows (P,) int64 at the places (P,) of an epoch's order: a pure function, whatever was asked before."""
@@ -70,6 +79,20 @@ class Order:
         """How many images a pass reads."""
         return self.rows // self.batch * self.batch if self.rows >= self.batch else self.rows
 
+    def window(self, step: int) -> tuple[int, int]:
+        """(epoch, number in it) of the window that a step's batch ends in."""
+        assert self.blocks is not None
+        epoch, place = divmod((step + 1) * self.batch - 1, self.images_per_epoch)
+        _, ends = _order_of_blocks(self.blocks, self.seed, epoch)
+        return epoch, int(torch.searchsorted(ends, place, right=True))
+
+    def window_after(self, step: int) -> tuple[int, int]:
+        """The window that comes next."""
+        assert self.blocks is not None
+        epoch, number = self.window(step)
+        _, ends = _order_of_blocks(self.blocks, self.seed, epoch)
+        return (epoch, number + 1) if number + 1 < len(ends) else (epoch + 1, 0)
+
     def at(self, step: int, *, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
         """Rows (B,) int64 and epochs (B,) int64 of a step's batch, or of one worker's contiguous part of it.
 
@@ -95,6 +118,23 @@ class Order:
             by_block = torch.searchsorted(self.blocks.starts, rows, right=True).argsort(stable=True)[mine]
             return rows[by_block], epoch[by_block]
         return rows, epoch
+
+
+def read_ahead(
+    images: Images, order: Order, step: int, *, part: int = 0, parts: int = 1, rows: Tensor | None = None
+) -> list[Future]:
+    """Begin to read what the window after a step's needs, where the step is the first that ends in its window.
+
+    Args:
+        rows: (N,) the image that each place of the order stands for, where they are not the same.
+    """
+    if order.blocks is None or order.window(step) == order.window(step - 1):
+        return []
+    now, coming = (
+        order.blocks.first_rows(order.seed, *window, part=part, parts=parts)
+        for window in (order.window(step), order.window_after(step))
+    )
+    return images.read_ahead(*((now, coming) if rows is None else (rows[now], rows[coming])))
 
 
 @lru_cache(maxsize=4)

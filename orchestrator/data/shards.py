@@ -31,7 +31,8 @@ SPLIT_WORDS = frozenset(
 )
 _GIVE_UP_SECONDS = 30  # Google's client would try for a quarter of an hour to reach what is not there
 _FOOTERS_AT_ONCE = 16  # an object store answers in tens of milliseconds, whatever it is asked
-_READ_AHEAD = 1 << 20  # bytes of a column read at a time in a scan, instead of the whole column of a row group
+_AHEAD = 2  # row groups read in the background at a time
+_PIECE = 1 << 20  # bytes of a column read at a time in a scan, instead of the whole column of a row group
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def image_column(schema: pa.Schema) -> str | None:
 
 def read_cells(place: Place, file: str, groups: Sequence[int], image: str, rows: int) -> Iterator[pa.Array]:
     """The image column of some row groups, `rows` cells at a time; a column is read in small pieces, never as one."""
-    with pq.ParquetFile(file, filesystem=place.fs, pre_buffer=False, buffer_size=_READ_AHEAD) as shard:
+    with pq.ParquetFile(file, filesystem=place.fs, pre_buffer=False, buffer_size=_PIECE) as shard:
         for batch in shard.iter_batches(rows, row_groups=list(groups), columns=[image], use_threads=False):
             yield batch.column(0)
 
@@ -307,6 +308,21 @@ class RowGroups:
         number = int(self.number(np.asarray(row)))
         return self.group(number)[row - int(self._starts[number])].as_py()
 
+    def read_ahead(self, now: np.ndarray, coming: np.ndarray) -> list[Future]:
+        """Begin to read the row groups `coming` in the background; those of `now`, where held, go last for their room.
+
+        A row group that cannot be read raises when it is asked for, not here. The futures end with the reading.
+        """
+        with self._room:
+            for number in now.tolist():
+                if number in self._held:
+                    self._held.move_to_end(number)
+        return [self._behind.submit(self.group, number) for number in coming.tolist()]
+
+    @cached_property
+    def _behind(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_AHEAD, thread_name_prefix="shards")
+
     def group(self, number: int) -> pa.Array:
         """All images of a row group, binary (R,); waits for room where other threads are reading."""
         size = int(self._bytes[number])
@@ -350,7 +366,7 @@ class RowGroups:
         try:
             with pq.ParquetFile(
                 self._files[file], filesystem=self._fs, metadata=self._metadata(file),
-                pre_buffer=False, buffer_size=_READ_AHEAD,
+                pre_buffer=False, buffer_size=_PIECE,
             ) as shard:  # fmt: skip
                 kind = shard.schema_arrow.field(self._column).type
                 column = f"{self._column}.bytes" if pa.types.is_struct(kind) else self._column

@@ -15,7 +15,7 @@ from methods.base import Batch, Losses, Method, View
 from methods.ema import update_average
 from methods.views.draws import Draws, mix
 from orchestrator.data.images import Images
-from orchestrator.data.loader import Order
+from orchestrator.data.loader import Order, read_ahead
 from orchestrator.training.optim import Optim
 from orchestrator.training.precision import autocast
 
@@ -60,6 +60,7 @@ def make_batch(
         place, epoch = stream.order.at(step, part=part, parts=parts)
         begin = time.perf_counter()
         images = stream.images.batch(place if stream.rows is None else stream.rows[place])
+        read_ahead(stream.images, stream.order, step, part=part, parts=parts, rows=stream.rows)
         waited += time.perf_counter() - begin
         if device.type == "cuda":
             images = images.pin_memory().to(device, non_blocking=True)

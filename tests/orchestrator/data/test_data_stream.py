@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from methods.base import View
 from methods.views.policy import Augment
 from orchestrator.data import shards as shards_module
 from orchestrator.data.images import Images
-from orchestrator.data.loader import Blocks, Order
+from orchestrator.data.loader import Blocks, Order, read_ahead
 from orchestrator.data.shards import RowGroups
 from orchestrator.data.sources import open_source, parts_of
 from orchestrator.data.splits import Data, DataConfig, Split, open_data
@@ -237,6 +238,35 @@ def test_an_epoch_reads_each_row_group_once(shards, tmp_path, monkeypatch, threa
     for step in range(ROWS // 4):
         images.batch(order.at(step)[0])
     assert sorted(reads) == list(range(12))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_next_window_is_read_while_this_one_is_learned_from(shards, tmp_path, monkeypatch, batch):
+    kilobytes(monkeypatch, 12)
+    images = streamed(shards, tmp_path)
+    order, readers, original = Order.of(images, batch, 0), {}, RowGroups._read
+
+    def read(self, number):
+        readers.setdefault(number, []).append(threading.current_thread().name)
+        return original(self, number)
+
+    monkeypatch.setattr(RowGroups, "_read", read)
+    for step in range(ROWS // batch):
+        images.batch(order.at(step)[0])
+        if order.window_after(step)[0] == 0:
+            wait(read_ahead(images, order, step))
+    here = [number for number, names in readers.items() if not names[0].startswith("shards")]
+    assert len(here) == images.window and {len(names) for names in readers.values()} == {1} and len(readers) == 12
+
+
+def test_a_worker_reads_ahead_what_its_parts_of_the_next_window_come_from():
+    blocks = Blocks(np.arange(0, 10_001, 100), 8)
+    order = Order(10_000, 200, 3, blocks)
+    for part in range(4):
+        coming = {int(row) // 100 for row in blocks.first_rows(3, 0, 1, part=part, parts=4)}
+        rows = torch.cat([order.at(step, part=part, parts=4)[0] for step in range(4, 8)])  # 8 x 100 rows a window
+        needed, counts = (rows // 100).unique(return_counts=True)
+        assert len(coming) <= 4 and counts[[int(block) in coming for block in needed]].sum() > 0.9 * len(rows)
 
 
 def test_row_groups_never_hold_more_than_the_limit_however_many_threads_ask(shards, tmp_path, monkeypatch):
