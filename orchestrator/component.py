@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -126,9 +127,15 @@ def _close(cls: Any, seen: set[type]) -> None:
                 _close(hint, seen)
 
 
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    """Pydantic's validator of a dataclass; made once, since making it takes longer than all it is used for."""
+    _close(cls, set())
+    return TypeAdapter(cls)
+
+
 def validate(cls: type, values: dict[str, Any]) -> Any:
     """A dataclass from plain values: types checked, unknown keys refused. Raises ConfigError with every problem."""
-    _close(cls, set())
     problems: list[tuple[str, str]] = []
     values, hints = dict(values), get_type_hints(cls)
     for name, hint in hints.items():
@@ -141,7 +148,7 @@ def validate(cls: type, values: dict[str, Any]) -> Any:
                 hints = {k: v for k, v in hints.items() if k != name}
     built: Any = None
     try:
-        built = TypeAdapter(cls).validate_python(values)
+        built = _adapter(cls).validate_python(values)
     except ValidationError as error:
         missing_is_known = {path.split(".")[0] for path, _ in problems}
         for item in error.errors():

@@ -167,11 +167,10 @@ def run_stage(
                 "machine": platform.machine(), "notes": notes,
             }  # fmt: skip
             artifact = store.commit(planned.key, artifact, manifest)
-        except (Interrupted, StopRound) as stop:
-            outcome.state = "interrupted" if isinstance(stop, Interrupted) else "skipped"
-            outcome.note = (
-                "stopped by you; run the same command to go on" if isinstance(stop, Interrupted) else str(stop)
-            )
+        except (Interrupted, StopRound, SystemExit) as stop:  # the last by a watcher
+            outcome.state = "skipped" if isinstance(stop, StopRound) else "interrupted"
+            told = {Interrupted: "stopped by you; run the same command to go on", SystemExit: "stopped early"}
+            outcome.note = told.get(type(stop), str(stop))
             setting.tell(outcome)
             _record_end(outcome, planned, setting, "KILLED")
             raise

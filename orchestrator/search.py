@@ -274,7 +274,7 @@ def bind(space: Any, recipe: Recipe) -> list[Parameter]:
     """The parameters of a space in a recipe; none where it does not fit.
 
     Places that have the same value now vary together, others on their own. A place that is switched off, by null or by
-    0 on a logarithmic scale, stays off; rounds that have a ladder keep it.
+    0 on a logarithmic scale, stays off; what a ladder changes from round to round stays as it is.
     """
     ranges, found = _ranges(), []
     methods = set(space.methods)
@@ -303,6 +303,9 @@ def bind(space: Any, recipe: Recipe) -> list[Parameter]:
                 known = by_value.setdefault(json.dumps(value), [])
                 if entry not in known:  # the stages of all rounds are written once
                     known.append(entry)
+        seen = [place for places in by_value.values() for place, _, _ in places]
+        by_value = {value: kept for value, places in by_value.items()
+                    if (kept := [entry for entry in places if seen.count(entry[0]) == 1])}  # fmt: skip
         for places in by_value.values():
             short = field.removeprefix("method.") if kind == "method" else field
             where = "+".join(dict.fromkeys(_stage_in(place, field) for place, _, _ in places))
@@ -505,6 +508,41 @@ def _telling(
     return found, [place for parameter in found for place in parameter.places]
 
 
+def _buildable(
+    text: str, label: str, parameters: Sequence[Parameter], asked: set[str]
+) -> tuple[list[Parameter], list[str]]:
+    """The parameters at the places where at least two of their values give a recipe, and lines on what is left out.
+
+    Some values may fit only beside some of others; a trial of two that do not fails, and says why.
+
+    Raises:
+        UserError: a place in `asked` is among those left out, or nothing is left.
+    """
+    ranges, found, lines = _ranges(), [], []
+    for parameter in parameters:
+        kept = []
+        for place in parameter.places:
+            built, said = 0, ""
+            for value in ranges.cut(parameter.domain, 2):
+                raw = yaml.safe_load(text)
+                put(raw, place, parameter.value(value))
+                try:
+                    parse(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), label=label)
+                    built += 1
+                except UserError as error:
+                    said = str(error).splitlines()[-1].strip()
+            if built > 1:
+                kept.append(place)
+            elif place in asked:
+                raise UserError(f"--param {place}={parameter.text}: fewer than two of its values fit: {said}")
+            else:
+                lines.append(f"left as it is: {said}")
+        found += [replace(parameter, places=tuple(kept))] if kept else []
+    if not found:
+        raise UserError(f"{label}: nothing is left to search: {'; '.join(lines)}")
+    return found, lines
+
+
 def seen_accuracy(values: Mapping[str, float]) -> float | None:
     """The hold-out accuracy that a look saw: of the averaged weights where there are such, the answer's."""
     live = values.get(f"{PREFIX}holdout_accuracy")
@@ -526,8 +564,10 @@ def make_search(
     text = hold_out(recipe.text, label, fraction)
     held = parse(text, label=label)
     chosen = choose_metric(held, metric, places)
-    parameters, places = _telling(held, chosen, parameters, {text.partition("=")[0].strip() for text in params})
-    lines = []
+    asked = {text.partition("=")[0].strip() for text in params}
+    parameters, _ = _telling(held, chosen, parameters, asked)
+    parameters, lines = _buildable(text, label, parameters, asked)
+    places = [place for parameter in parameters for place in parameter.places]
     trainings = watched_trainings(held, chosen, places)
     if stop == "asha":
         why = None
@@ -547,17 +587,7 @@ def make_search(
                     put(raw, f"{node.where}.inputs.holdout", HOLDOUT)
             text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     watched = tuple(node.name for node in trainings) if stop == "asha" else ()
-    search = Search(label, recipe.text, text, tuple(parameters), chosen, mode, algorithm, stop, watched)
-    ranges = _ranges()
-    for parameter in parameters:
-        if ranges.options(parameter.domain) is not None or not parameter.student:
-            ends = ranges.cut(parameter.domain, 2)
-            for value in ends:  # what can never be built is refused before anything runs
-                try:
-                    search.recipe({parameter.name: value})
-                except UserError as error:
-                    raise UserError(f"{parameter.name} = {json.dumps(value)} of {parameter.text}: {error}") from None
-    return search, lines
+    return Search(label, recipe.text, text, tuple(parameters), chosen, mode, algorithm, stop, watched), lines
 
 
 # Budgets and points ---------------------------------------------------------------------------------------------------

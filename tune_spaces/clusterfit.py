@@ -6,8 +6,6 @@ from tune_spaces.space import Space
 
 SPACE = Space(
     params={
-        "Cluster.clusters": tune.lograndint(
-            10, 1001
-        ),  # 1 to 100 times ten classes; the paper: 16 times, 16,000 for 1,000
+        "Cluster.clusters": tune.lograndint(10, 1001),  # 1 to 100 times ten classes; 16 times in the paper
     },
 )

@@ -16,9 +16,7 @@ SPACE = Space(
     methods=("methods.noisy_student.NoisyStudent",),
     params={
         "PseudoLabel.min_confidence": tune.quniform(0.0, 0.95, 0.05),  # 0.3 in section 3.1; hard labels want 0.8
-        "PseudoLabel.balance": tune.choice(
-            ["none", "limit", "replicate"]
-        ),  # the paper balances; it helps small models most
+        "PseudoLabel.balance": tune.choice(["none", "limit", "replicate"]),  # replicate in the paper
         "Rounds.ladder": tune.choice(LADDERS),  # table 6: without noise 0.5 points less
         "unlabelled_ratio": tune.choice([1, 3, 5, 7, 14, 28]),  # 1 to 28 in the paper, by the student's size
     },

@@ -9,8 +9,6 @@ SPACE = Space(
     params={
         "method.epsilon": tune.loguniform(0.3, 20.0),  # ε is what the paper tunes for each data set
         "method.unlabelled_weight": tune.loguniform(0.05, 2.0),  # 1 in the paper, 0.3 in FixMatch's code
-        "method.entropy_weight": tune.choice(
-            [0.0, 0.03, 0.06, 0.1, 0.3, 1.0]
-        ),  # VAT + EntMin of the paper has 1; 0 is plain VAT
+        "method.entropy_weight": tune.choice([0.0, 0.03, 0.06, 0.1, 0.3, 1.0]),  # the paper has 0 or 1
     },
 )

@@ -54,7 +54,7 @@ def _outcome(about: Mapping[str, Any], result: Mapping[str, Any] | None, trials:
     chosen = result["best"]["values"]
     rows = [[p["name"], _word(p["default"]), _word(chosen[p["name"]]), p["range"]] for p in about["parameters"]]
     section.blocks.append(Table(["parameter", "recipe", "best", "range"], rows, "lrrl"))
-    rows = [["hold-out, the search's seed", told(result["default"], share=share),
+    rows = [["hold-out, the search's seed", told(result["default"], share=share) or "not ended",
              told(result["best"]["objective"], share=share), "chosen by this number: optimistic"]]  # fmt: skip
     if gain:
         ends = [] if gain["low"] is None else [_signed(gain[end], share) for end in ("gain", "low", "high")]
@@ -90,14 +90,12 @@ def _table(about: Mapping[str, Any], trials: Sequence[Trial]) -> Section | None:
     rows = []
     for trial in trials:
         default = all(trial.values[p["name"]] == p["default"] for p in about["parameters"])
-        looks = (
-            f"{told(trial.looks[-1][1], share=True)} at look {trial.looks[-1][0]:g} of {about['looks']}"
-            if trial.looks
-            else ""
-        )
         note = "best" if trial is best else "the recipe's default" if default else ""
-        if trial.state != "finished":
-            note = trial.note or looks
+        if trial.state == "failed":
+            note = trial.note
+        elif trial.objective is None and trial.looks:
+            look, accuracy = trial.looks[-1]
+            note += f"{', ' if note else ''}{told(accuracy, share=True)} at look {look:g} of {about['looks']}"
         shared = [stage["name"] for stage in trial.stages if stage["state"] == "stored"]
         rows.append([
             str(trial.number), trial.state, *(_word(trial.values[name]) for name in names),
