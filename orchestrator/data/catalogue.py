@@ -43,7 +43,7 @@ from orchestrator.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 LARGEST_STORED_DECODED = 96  # pixels: 27 KB an image, 14 GB for 500 thousand; above, JPEG is 5 to 20 times smaller
-STREAM_BYTES = 256 * 2**20  # of row groups that a process holds of a streamed source, where nobody says otherwise
+STREAM_BYTES = 2**30  # of row groups that a process holds of a streamed source, where nobody says otherwise
 _OPEN_BLOCKS = 64  # of encoded images; each takes one of the files that a process may have open
 _AT_ONCE = 32  # items handed to a thread together: fewer costs more in hand-over than it gains in balance
 _BYTES_AT_ONCE = 4 * 2**20  # or so many encoded bytes of them

@@ -8,10 +8,11 @@ bytes. Credentials come from where the cloud's own tools look for them, never fr
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import re
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ SPLIT_WORDS = frozenset(
 )
 _GIVE_UP_SECONDS = 30  # Google's client would try for a quarter of an hour to reach what is not there
 _FOOTERS_AT_ONCE = 16  # an object store answers in tens of milliseconds, whatever it is asked
-_AHEAD = 2  # row groups read in the background at a time
+_AHEAD = 4  # row groups read at a time, ahead of their use: about what it takes to hide the way to an object store
+_WHOLE = 64 * 2**20  # bytes of a row group up to which it is read whole from afar
 _PIECE = 1 << 20  # bytes of a column read at a time in a scan, instead of the whole column of a row group
 
 
@@ -251,10 +253,30 @@ def image_column(schema: pa.Schema) -> str | None:
 
 
 def read_cells(place: Place, file: str, groups: Sequence[int], image: str, rows: int) -> Iterator[pa.Array]:
-    """The image column of some row groups, `rows` cells at a time; a column is read in small pieces, never as one."""
+    """The image column of some row groups, at most `rows` cells at a time.
+
+    On a disk a column is read in small pieces, never as one. From afar a piece costs a round trip, so row groups that
+    are not too large are read whole, a few at a time.
+    """
     with pq.ParquetFile(file, filesystem=place.fs, pre_buffer=False, buffer_size=_PIECE) as shard:
-        for batch in shard.iter_batches(rows, row_groups=list(groups), columns=[image], use_threads=False):
-            yield batch.column(0)
+        about = shard.metadata
+        if not place.remote or max(about.row_group(number).total_byte_size for number in groups) > _WHOLE:
+            for batch in shard.iter_batches(rows, row_groups=list(groups), columns=[image], use_threads=False):
+                yield batch.column(0)
+            return
+
+    def whole(number: int) -> pa.ChunkedArray:
+        with pq.ParquetFile(file, filesystem=place.fs, metadata=about, pre_buffer=True) as shard:
+            return shard.read_row_group(number, columns=[image], use_threads=False)[image]
+
+    todo = iter(groups)
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        coming = deque(pool.submit(whole, number) for number in itertools.islice(todo, _AHEAD))
+        while coming:
+            column = coming.popleft().result()
+            coming.extend(pool.submit(whole, number) for number in itertools.islice(todo, 1))
+            for chunk in column.chunks:
+                yield from (chunk.slice(start, rows) for start in range(0, len(chunk), rows))
 
 
 # ---- single rows out of row groups
@@ -270,7 +292,8 @@ class RowGroups:
         file_of, group_of: (G,) the file that each row group lies in, and its number there.
         starts: (G + 1,) the first row of each row group, and the number of all rows.
         bytes: (G,) the size of each row group's images.
-        limit: most bytes of row groups that are held or being read at any moment; those of the largest at least.
+        limit: most bytes of row groups that are held or being read at any moment; those of the largest at least. One
+            that is being read from afar takes the bytes that came over the network besides.
     """
 
     def __init__(
@@ -287,8 +310,8 @@ class RowGroups:
         self._metadata = lru_cache(maxsize=64)(self._read_metadata)
 
     @cached_property
-    def _fs(self) -> pyarrow.fs.FileSystem:
-        return Place.of(self._uri).fs
+    def _place(self) -> Place:
+        return Place.of(self._uri)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -359,14 +382,14 @@ class RowGroups:
         return found
 
     def _read_metadata(self, file: int) -> pq.FileMetaData:
-        return pq.read_metadata(self._files[file], filesystem=self._fs)
+        return pq.read_metadata(self._files[file], filesystem=self._place.fs)
 
     def _read(self, number: int) -> pa.Array:
         file, rows = int(self._file_of[number]), int(self._starts[number + 1] - self._starts[number])
         try:
             with pq.ParquetFile(
-                self._files[file], filesystem=self._fs, metadata=self._metadata(file),
-                pre_buffer=False, buffer_size=_PIECE,
+                self._files[file], filesystem=self._place.fs, metadata=self._metadata(file),
+                pre_buffer=self._place.remote, buffer_size=0 if self._place.remote else _PIECE,
             ) as shard:  # fmt: skip
                 kind = shard.schema_arrow.field(self._column).type
                 column = f"{self._column}.bytes" if pa.types.is_struct(kind) else self._column
