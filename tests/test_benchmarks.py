@@ -215,3 +215,17 @@ def test_the_fixmatch_benchmark_runs_and_writes_every_ratio_beside_what_is_requi
     assert all(ratio["ratio"] > 0 for ratio in record["views"]["ratios"])
     assert set(record["steps"]["loss"]) == set(record["steps"]["wall_seconds"]) and len(record["steps"]["loss"]) == 4
     assert done.stdout.count("required") >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_scaling_benchmark_measures_every_stage_and_all_that_a_driver_does(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.scaling", "--quick", "--json", tmp_path / "scaling.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    named = " ".join([*record["costs"], *record["simulation"]])
+    for what in ("scan", "reading", "views", "training step", "labelling pass", "assignment", "catalogue", "ledger",
+                 "stages", "heartbeats", "shards", "coordinator"):  # fmt: skip
+        assert what in named
+    assert all(figure["value"] > 0 for figure in [*record["costs"].values(), *record["simulation"].values()])
