@@ -94,8 +94,7 @@ def run(
     prepared = prepare(checked, store, label=recipe, progress=display.reading)
     display.line(f"run {prepared.name}")
     display.notices(prepared)
-    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()  # Ray prints lost workers
-    with aside, _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
+    with _answer_alone(as_json), _stop_on_interrupt(prepared.folder / "stop", display), display.watch(prepared):
         try:
             result = execute(prepared, started=_STARTED, notice=display.notice, finished=display.finished)
         except Interrupted:
@@ -105,6 +104,22 @@ def run(
     display.result(prepared, result)
     if as_json:
         _print_json(result.json())
+
+
+@contextlib.contextmanager
+def _answer_alone(as_json: bool) -> Iterator[None]:
+    """With JSON, all else goes to stderr: Ray's threads print of lost workers and nodes until Ray ends."""
+    if not as_json:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            if "ray" in sys.modules:
+                from orchestrator.cluster.connect import leave
+
+                leave()
 
 
 @contextlib.contextmanager
@@ -230,8 +245,11 @@ def tune(
         if as_json:
             _print_json(prepared.json())
         return
-    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with aside, _stop_on_interrupt(prepared.folder / "stop", display), watch_search(display, prepared.folder):
+    with (
+        _answer_alone(as_json),
+        _stop_on_interrupt(prepared.folder / "stop", display),
+        watch_search(display, prepared.folder),
+    ):
         try:
             result = execute_search(
                 prepared, notice=display.notice,
@@ -256,14 +274,14 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Where runs stand: stages, progress, seconds and how much of them was not training; or the jobs of a cluster."""
+    if address is not None:
+        _cluster_status(run, address, token, as_json)
+        return
     from orchestrator.display import Display, status_rows
     from orchestrator.runs import read_head
     from orchestrator.trial_display import status_line, trial_table
     from orchestrator.trials import is_search, read_trials
 
-    if address is not None:
-        _cluster_status(run, address, token, as_json)
-        return
     folders = [_find_run(store, run, searches=True)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
     if as_json:
@@ -287,7 +305,6 @@ def status(
 def _cluster_status(run: str | None, address: str, token: Path | None, as_json: bool) -> None:
     """The runs sent to a cluster, or one of them with the end of what it wrote."""
     from orchestrator.cluster import submit as cluster
-    from orchestrator.display import Display
 
     client = cluster.open_client(address, token)
     found = [cluster.find(client, run)] if run else cluster.jobs(client)
@@ -295,12 +312,10 @@ def _cluster_status(run: str | None, address: str, token: Path | None, as_json: 
     if as_json:
         _print_json([{**job.json(), **({"log": tail} if run else {})} for job in found])
         return
-    display = Display(sys.stdout)
     if not found:
-        display.line(f"no runs on {address}; send one with `orchestrator submit RECIPE --address {address}`")
-    display.jobs([job.json() for job in found])
-    for line in tail:
-        print(f"  {line}")
+        print(f"no runs on {address}; send one with `orchestrator submit RECIPE --address {address}`")
+    for line in (*cluster.lines(found), *(f"  {line}" for line in tail)):
+        print(line)
 
 
 @app.command()

@@ -147,16 +147,6 @@ class Display:
         if whole:
             self.console.print(stage_table(stages))
 
-    def jobs(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Runs on a cluster, a line each."""
-        table = Table("run", "try", "state", "started", "", box=None, pad_edge=False)
-        for row in rows:
-            attempt = row["id"].removeprefix(row["name"]).lstrip("-")
-            told = row["message"].splitlines()[0] if row["state"] == "FAILED" and row["message"] else ""
-            table.add_row(row["name"], attempt, row["state"].lower(), row["started"] or "", Text(told))
-        if rows:
-            self.console.print(table)
-
     def comparison(self, found: Mapping[str, Any]) -> None:
         """Every arm by every protocol, the best first, and which claims hold."""
         names = [(s["protocol"], s["metric"]) for s in found["arms"] if s["tap"] is None]

@@ -159,7 +159,8 @@ class TestRayJob:
         resources = load(given["recipe"], [*data, *given["overrides"]]).resources
         groups = JOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         there = [
-            Node(str(number), "ip", group["groupName"], {"GPU": float(limits["nvidia.com/gpu"])})
+            Node(str(number), "ip", group["groupName"],
+                 {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])})
             for group in groups for number in range(group["minReplicas"])
             for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]]
         ]  # fmt: skip

@@ -113,6 +113,13 @@ def connect(resources: Resources, *, dashboard: bool = False) -> dict[str, float
     return {"cpus": cpus, "gpus": gpus, "nodes": len(nodes)}
 
 
+def leave() -> None:
+    """End Ray's part in this process: its threads print of lost nodes to stdout, as late as after the last line."""
+    import ray
+
+    ray.shutdown()
+
+
 def _join(quiet: dict[str, Any]) -> None:
     import ray
 

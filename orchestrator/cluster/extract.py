@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import ray
@@ -14,43 +15,59 @@ IN_FLIGHT = 2  # shards an actor has at a time: one in work, one waiting
 
 
 class Labeller:
-    """Holds one model and answers for rows of images; a killed one comes back, and its shard is asked again."""
+    """Holds one model and answers for rows of images."""
 
     def __init__(self, job: Forward) -> None:
         torch.set_num_threads(1)
         self.run = job.open()
+
+    @ray.method(max_task_retries=-1)
+    def ready(self) -> None:
+        """Answers once the model is there: at the start, and again after it was lost and has found another place."""
 
     def answer(self, rows: Tensor) -> Tensor:
         """Outputs of the rows, float32 on the CPU."""
         return self.run(rows)
 
 
-LabellerActor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Labeller)
+LabellerActor = ray.remote(num_cpus=1, max_restarts=-1)(Labeller)
 
 
 def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: float = 0) -> list[Tensor]:
-    """The outputs of every shard, in order, whatever actor answered."""
+    """The outputs of every shard, in order, whatever actor answered.
+
+    An actor gets shards while it is there. Those of a lost one go to the others, and it gets new ones when it is back:
+    on a cluster with less room than before, that may be never.
+    """
     kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
     labeller = LabellerActor.options(num_gpus=gpus)
     pool = [labeller.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
     answers: dict[int, Tensor] = {}
-    pending: dict[ray.ObjectRef, tuple[int, int]] = {}
-    todo = iter(enumerate(shards))
-
-    def ask(actor: int) -> None:
-        number, rows = next(todo, (None, None))
-        if number is not None:
-            pending[pool[actor].answer.remote(rows)] = (number, actor)
-
+    todo = deque(range(len(shards)))
+    coming: dict[ray.ObjectRef, int] = {actor.ready.remote(): place for place, actor in enumerate(pool)}
+    asked: dict[ray.ObjectRef, tuple[int, int]] = {}  # (shard, actor's place in the pool)
     try:
-        for _ in range(IN_FLIGHT):
-            for actor in range(len(pool)):
-                ask(actor)
-        while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1)
-            number, actor = pending.pop(ready[0])
-            answers[number] = torch.from_numpy(ray.get(ready[0]).numpy().copy())
-            ask(actor)
+        while len(answers) < len(shards):
+            (done, *_), _ = ray.wait([*coming, *asked], num_returns=1)
+            if done in coming:
+                ray.get(done)  # a model that cannot be opened is no accident
+                coming.pop(done)
+            else:
+                shard, place = asked.pop(done)
+                try:
+                    answers[shard] = torch.from_numpy(ray.get(done).numpy().copy())
+                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+                    todo.appendleft(shard)
+                    if place not in coming.values():
+                        coming[pool[place].ready.remote()] = place
+            there = sorted(set(range(len(pool))) - set(coming.values()))
+            for load in range(IN_FLIGHT):
+                for place in there:
+                    # one that is still coming finds a shard to begin with; a second one in flight is for what is more
+                    more = len(todo) > (len(coming) if load else 0)
+                    if more and sum(place == other for _, other in asked.values()) <= load:
+                        shard = todo.popleft()
+                        asked[pool[place].answer.remote(shards[shard])] = (shard, place)
     finally:
         for actor in pool:
             ray.kill(actor)

@@ -61,11 +61,11 @@ class RayWorkers:
             raise FloatingPointError(end)
 
     def _group(self, job: Fit) -> str:
-        each = {} if joined() else {"CPU": job.context.threads}
         workers, fewest = self.resources.workers, self.resources.min_workers or self.resources.workers
+        gpus = {"GPU": self.resources.gpus} if self.resources.gpus else {}
         scaling = ScalingConfig(
             num_workers=workers if fewest == workers else (fewest, workers), use_gpu=self.resources.gpus > 0,
-            resources_per_worker={**each, **({"GPU": self.resources.gpus} if self.resources.gpus else {})} or None,
+            resources_per_worker={"CPU": job.context.threads, **gpus},
         )  # fmt: skip
         travelling = replace(job, context=replace(job.context, workers=None, notice=_silent))
         for attempt in range(CONTROLLER_TRIES):

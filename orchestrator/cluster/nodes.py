@@ -84,7 +84,8 @@ def needs_of(resources: Resources) -> list[Need]:
     """What trains, and what labels: the one waits for the other, so each must fit by itself."""
     gpus = {"GPU": float(resources.gpus)} if resources.gpus else {}
     fewest = resources.min_workers or resources.workers
-    found = [Need("resources.workers", "training worker", fewest, gpus or {"CPU": 1.0})]
+    threads = float(resources.threads or 1)
+    found = [Need("resources.workers", "training worker", fewest, {"CPU": threads, **gpus})]
     if resources.labellers:
         found.append(Need("resources.labellers", "labeller", resources.labellers, {"CPU": 1.0, **gpus}))
     return found

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,8 +30,9 @@ import yaml
 from ray.job_submission import JobSubmissionClient
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.recipe import Recipe
-from orchestrator.store import MARKER
+
+if TYPE_CHECKING:  # to look and to stop needs no torch, and answers at once
+    from orchestrator.recipe import Recipe
 
 ANSWER_SECONDS = 10.0  # how long a job server may take to answer; Ray's own client waits for ever
 STOP_SECONDS = 600  # how long a stopped run may take to end its step and save; Ray kills after 3 by default
@@ -223,19 +224,21 @@ def working_directory(recipe: str, folder: Path | None) -> Path | None:
 
 def left_out(folder: Path) -> list[str]:
     """What of a folder is not sent, as Ray takes it: like the lines of a .gitignore."""
-    stores = [path.parent.relative_to(folder).as_posix() for path in _markers(folder)]
-    return [*LEFT_OUT, *(f"/{place}/" for place in stores if place != ".")]
+    stores = [place for pattern in ("*", "*/*") for place in folder.glob(pattern) if _is_store(place)]
+    return [*LEFT_OUT, *(f"/{place.relative_to(folder).as_posix()}/" for place in stores)]
 
 
-def _markers(folder: Path) -> list[Path]:
-    return [path for path in (*folder.glob(f"*/{MARKER}"), *folder.glob(f"*/*/{MARKER}"))]
+def _is_store(folder: Path) -> bool:
+    from orchestrator.store import MARKER
+
+    return (folder / MARKER).exists()
 
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of each entry of a folder without what is left out; counting ends once there are too many."""
     sizes: dict[str, int] = {}
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not _skipped(name) and not (Path(place) / name / MARKER).exists()]
+        folders[:] = [name for name in folders if not _skipped(name) and not _is_store(Path(place) / name)]
         for name in files:
             if not _skipped(name):
                 path = Path(place) / name
@@ -310,6 +313,18 @@ def jobs(client: JobSubmissionClient) -> list[Job]:
     with _refusals(client):
         found = [_job(info) for info in client.list_jobs() if info.submission_id and _ours(info)]
     return sorted(found, key=lambda job: (job.started or 0, job.id))
+
+
+def lines(found: Sequence[Job]) -> list[str]:
+    """A line for each job: its name, which try, its state, since when, and of a failed one why."""
+    width = max((len(job.name) for job in found), default=0)
+    told = []
+    for job in found:
+        why = job.message.splitlines()[0] if job.state == "FAILED" and job.message else ""
+        attempt = job.id.removeprefix(job.name).lstrip("-")
+        line = f"{job.name:{width}}  {attempt:>3}  {job.state.lower():9}  {_iso(job.started) or '':25}  {why}"
+        told.append(line.rstrip())
+    return told
 
 
 def job_of(client: JobSubmissionClient, submission: str) -> Job:

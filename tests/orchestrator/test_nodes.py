@@ -2,18 +2,27 @@
 
 import fcntl
 import json
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import ray
+from ray._private.state import state
 
+from orchestrator.cluster import nodes as nodes_module
+from orchestrator.cluster.connect import connect
 from orchestrator.cluster.nodes import (
     Group,
     Look,
     Need,
     Node,
+    _lost,
+    check_nodes,
     groups_of,
+    growth,
     needs_of,
     read_token,
     room_problems,
@@ -23,6 +32,7 @@ from orchestrator.cluster.nodes import (
     versions,
     write_token,
 )
+from orchestrator.errors import UserError
 from orchestrator.recipe import Resources
 from tests.orchestrator.ray_nodes import DEADLINE, Nodes
 from tests.orchestrator.test_faults import UNSHARE, may_mount
@@ -70,9 +80,9 @@ class TestRoom:
         assert (one.count, one.each) == (1, {"CPU": 1.0})  # a head without a CPU has no room even for one
         assert needs_of(Resources(labellers=3, gpus=0.5))[1].each == {"CPU": 1.0, "GPU": 0.5}
         (need,) = needs_of(Resources(workers=8, gpus=1))
-        assert (need.count, need.each) == (8, {"GPU": 1.0})
-        (need,) = needs_of(Resources(workers=8, min_workers=2))
-        assert (need.count, need.each) == (2, {"CPU": 1.0})
+        assert (need.count, need.each) == (8, {"CPU": 1.0, "GPU": 1.0})
+        (need,) = needs_of(Resources(workers=8, min_workers=2, threads=4))
+        assert (need.count, need.each) == (2, {"CPU": 4.0})
 
     def test_groups_are_read_from_what_ray_up_leaves_and_bounded_by_the_whole(self):
         config = {"max_workers": 5, "available_node_types": {
@@ -159,6 +169,77 @@ class TestStore:
             asked = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, check=True)
         assert asked.stdout.strip() == "True"
         assert sees_lock(file) is False
+
+
+class TestJoining:
+    """What Ray says of a cluster that cannot be joined, as it says it, and what the user reads."""
+
+    def refused(self, monkeypatch, error):
+        def init(**_):
+            raise error
+
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", init)
+        with pytest.raises(UserError) as told:
+            connect(Resources())
+        assert str(told.value).startswith("RAY_ADDRESS 10.0.0.1:6379: ") and "\n" not in str(told.value)
+        return str(told.value)
+
+    def test_another_token_is_told_from_nobody_there(self, monkeypatch):
+        nobody = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+        assert "no Ray cluster answers there; unset it" in self.refused(monkeypatch, nobody)
+        refused = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+        refused.__context__ = RuntimeError("... AuthenticationError: RPC error: InvalidAuthToken: Authentication ...")
+        assert "wants another token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in self.refused(
+            monkeypatch, refused
+        )
+
+    def test_another_version_is_told_with_both(self, monkeypatch):
+        message = (
+            "Version mismatch: The cluster was started with:\n    Ray: 2.50.0\n    Python: 3.12.1\n"
+            "This process on node 10.0.0.1 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+        )
+        told = self.refused(monkeypatch, RuntimeError(message))
+        assert (
+            "another version is there (Ray: 2.50.0 Python: 3.12.1 This process" in told and "install the same" in told
+        )
+
+    def test_ray_does_not_keep_the_signal_that_stops_a_run(self, monkeypatch):
+        def ours(*_):
+            pass
+
+        before = signal.signal(signal.SIGTERM, ours)
+        try:
+            monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+            monkeypatch.setattr(ray, "is_initialized", lambda: False)
+            monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+            monkeypatch.setattr("orchestrator.cluster.nodes.alive", lambda: [FIRST])
+            monkeypatch.setattr("orchestrator.cluster.nodes.growth", lambda: None)
+            assert connect(Resources()) == {"cpus": 8.0, "gpus": 1.0, "nodes": 1}
+            assert signal.getsignal(signal.SIGTERM) is ours
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_a_store_in_the_job_s_own_copy_of_the_folder_is_refused_since_ray_deletes_it(self):
+        copy = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/orchestrator-store")
+        ((where, message),) = check_nodes(Resources(), copy)
+        assert where == "--store" and "which Ray deletes; give an absolute path that all nodes share" in message
+
+    def test_how_far_a_cluster_grows_is_read_on_its_head_alone(self, monkeypatch, tmp_path):
+        file = tmp_path / "ray_bootstrap_config.yaml"
+        file.write_text("{max_workers: 4, available_node_types: {gpu: {max_workers: 9, resources: {GPU: 1}}}}")
+        monkeypatch.setattr(nodes_module, "BOOTSTRAP", file)
+        monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: types.SimpleNamespace(get_node_id=lambda: HEAD.id))
+        for resources, expected in ((HEAD.resources, 4), ({"CPU": 1.0}, None)):
+            monkeypatch.setattr(ray, "nodes", lambda found=resources: [{"NodeID": HEAD.id, "Resources": found}])
+            found = growth()
+            assert (found and found[0].most) == expected
+
+    def test_a_node_without_this_package_is_told_what_to_install(self):
+        error = Exception("ray::_begin() (pid=1)\n  ...\nModuleNotFoundError: No module named 'orchestrator'\n")
+        assert _lost(error) == "No module named 'orchestrator': install this package there, as on the head"
 
 
 CHECK = """

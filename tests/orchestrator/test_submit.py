@@ -4,9 +4,12 @@ import contextlib
 import http.server
 import json
 import re
+import signal
 import socket
 import subprocess
+import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,12 @@ from orchestrator import cli
 from orchestrator.cluster import submit
 from orchestrator.cluster.submit import (
     STOP_SECONDS,
+    Job,
     check_places,
     entrypoint,
     job_name,
     left_out,
+    lines,
     next_id,
     open_client,
     runtime_environment,
@@ -194,6 +199,36 @@ class TestBeforeAnythingIsSent:
             (tmp_path / name).mkdir(parents=True)
             (tmp_path / name / ".orchestrator-store").touch()
         assert {"/results/", "/more/results/", ".git", "*.safetensors"} <= set(left_out(tmp_path))
+
+
+class TestStopping:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_run_takes_sigterm_as_ctrl_c_and_dies_of_the_second(self, tmp_path, number):
+        notices = []
+        display = types.SimpleNamespace(notice=notices.append)
+        before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        with cli._stop_on_interrupt(tmp_path / "run" / "stop", display):
+            signal.raise_signal(number)
+            assert (tmp_path / "run" / "stop").exists()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert notices == ["stopping after this step; Ctrl-C again quits at once"]
+        assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class TestWhatIsThere:
+    def test_runs_are_a_line_each_with_try_state_and_reason(self):
+        first = Job("a-12-1", "a-12", "a", "SUCCEEDED", 0.0, 9.0, 0, "Job finished successfully.")
+        second = Job("longer-3-12", "longer-3", "longer", "FAILED", None, None, 2, "why\nmore")
+        assert lines([first, second]) == [
+            "a-12        1  succeeded  1970-01-01T00:00:00+00:00",
+            "longer-3   12  failed                                why",
+        ]
+
+    def test_to_look_and_to_stop_needs_no_torch(self):
+        code = "import sys, orchestrator.cli, orchestrator.cluster.submit; print('torch' in sys.modules)"
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert asked.stdout == "False\n"
 
 
 class TestWhatIsSent:
