@@ -101,7 +101,7 @@ def make_room(resources: Resources, asked: int | None, trials: int, cpus: float,
         need = f"{asked * threads * workers:g} cores" + (
             f" and {asked * each_gpu * workers:g} GPUs" if each_gpu else ""
         )
-        have = f"{cpus:g} cores" + (f" and {gpus:g} GPUs" if each_gpu else "")
+        have = f"{cpus:g}" + (f" cores and {gpus:g} GPUs" if each_gpu else "")
         raise UserError(f"--concurrent {asked}: needs {need}, there are {have}; use --concurrent {most}")
     concurrent = asked or min(most, trials)
     return Room(concurrent, resources.threads or max(1, int(cpus // (concurrent * workers))), workers, each_gpu)

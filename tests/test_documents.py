@@ -19,7 +19,7 @@ from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "docs/search.md")
 # what every Linux has at the top; any other absolute path in the repository is somebody's own machine
 COMMON = set("bin boot dev etc lib lib64 lost+found media mnt opt proc run sbin srv sys tmp usr var".split())
 
@@ -63,13 +63,13 @@ def parsed(arguments: tuple[str, ...]) -> tuple[str, dict]:
 
 def test_the_documents_show_the_commands_that_a_first_day_needs():
     shown = {arguments[0] for arguments in COMMANDS}
-    assert shown >= set("run plan doctor status show labels predict recipes methods ui sync".split())
+    assert shown >= set("run plan doctor status show labels predict tune recipes methods ui sync".split())
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_a_command_in_the_documents_is_one_that_the_command_line_takes(arguments):
     name, given = parsed(arguments)
-    if name in ("run", "plan") and not given["recipe"].endswith(".yaml"):
+    if name in ("run", "plan", "tune") and not given["recipe"].endswith(".yaml"):
         data = [f"data.{split}={given[split]}" for split in ("labelled", "unlabelled", "test") if given[split]]
         assert load(given["recipe"], [*data, *(given["overrides"] or [])]).nodes
 
@@ -84,7 +84,9 @@ def test_an_option_or_command_that_does_not_exist_would_be_found():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_path_in_a_document_exists(document):
     text = text_of(document)
-    found = set(re.findall(r"(?<![\w/.])((?:methods|orchestrator|tests|docs|benchmarks|\.ci)/[\w./-]*[\w/])", text))
+    found = set(
+        re.findall(r"(?<![\w/.])((?:methods|orchestrator|tune_spaces|tests|docs|benchmarks|\.ci)/[\w./-]*[\w/])", text)
+    )
     found |= {f"{ROOT / document}/../{target}" for target in re.findall(r"\]\(([^)#:]+)\)", text)}
     if document != "README.md":  # which names files of the reader's own, such as rotation.py
         found |= set(re.findall(r"(?<![\w/.-])([\w-]+\.(?:py|md|toml))(?!\w)", text))

@@ -128,9 +128,9 @@ stages:
 
 
 class Driver:
-    """One `orchestrator run` as a process, and all of its Ray."""
+    """One `orchestrator run`, or another verb, as a process, and all of its Ray."""
 
-    def __init__(self, place, recipe, *overrides, store, halt=None, inside=(), cluster=None, halts=None):
+    def __init__(self, place, recipe, *overrides, store, halt=None, inside=(), cluster=None, halts=None, verb="run"):
         self.place = Path(tempfile.mkdtemp(prefix="or", dir="/tmp"))  # Ray's sockets need a short path
         self.halt = halts or self.place / "halt"
         self.halt.mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ class Driver:
         file = place / "small.yaml"
         file.write_text(recipe, encoding="utf-8")
         program = Path(sys.executable).with_name("orchestrator")
-        command = [*inside, program, "run", file, *overrides, "--store", store, "--json"]
+        command = [*inside, program, verb, file, *overrides, "--store", store, "--json"]
         ours = {
             "OMP_NUM_THREADS": "1",
             "RAY_TMPDIR": str(self.place),
