@@ -46,7 +46,7 @@ LARGEST_STORED_DECODED = 96  # pixels: 27 KB an image, 14 GB for 500 thousand; a
 STREAM_BYTES = 2**30  # of row groups that a process holds of a streamed source, where nobody says otherwise
 _OPEN_BLOCKS = 64  # of encoded images; each takes one of the files that a process may have open
 _AT_ONCE = 32  # items handed to a thread together: fewer costs more in hand-over than it gains in balance
-_BYTES_AT_ONCE = 4 * 2**20  # or so many encoded bytes of them
+_BYTES_AT_ONCE = 2**20  # or so many encoded bytes of them
 _JOURNAL = pa.schema(
     [
         ("id", pa.binary(32)),

@@ -70,7 +70,7 @@ SEPARATORS = (",", ";", "|")
 WHOLE = "none"  # instead of a separator: every cell is one class, whatever it holds
 _ROWS_PER_BLOCK = 4096
 _ROWS_READ_AT_ONCE = 256
-_BYTES_READ_AT_ONCE = 8 * 2**20  # where 256 rows would be more
+_BYTES_READ_AT_ONCE = 2 * 2**20  # where 256 rows would be more
 _EMPTY = "the row holds no image"
 
 # A file's path, an encoded image, decoded pixels (H, W, 3), or why there is none.
