@@ -374,3 +374,10 @@ class TestOnACluster:
         refused = cluster.run("submit", "quickstart", "--address", cluster.address)
         assert refused.returncode == 2 and "wants a token" in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
+        joining = {
+            "RAY_ADDRESS": f"127.0.0.1:{cluster.port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN.upper(),
+        }
+        refused = cluster.run("run", "quickstart", "--store", tmp_path / "store", **joining)
+        assert refused.returncode == 2 and "wants another token" in refused.stderr, refused.stderr
