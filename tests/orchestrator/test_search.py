@@ -619,12 +619,12 @@ def test_a_budget_of_time_stops_running_trials_within_a_step_and_says_so(driver,
 def test_optuna_and_asha_search_together_and_learn_from_a_search_that_goes_on(driver, tmp_path):
     store = tmp_path / "store"
     options = ("--param", "stages.model.optim.lr=loguniform(0.00001, 0.5)", "--stop", "asha", "--confirm", "0")
-    driver(*options, "--trials", "4", recipe=SEARCHED, store=store).result()
+    driver(*options, "--trials", "2", recipe=SEARCHED, store=store).result()
     before = {trial.number: trial.values for trial in trials_of(store)}
-    result = driver(*options, "--trials", "8", recipe=SEARCHED, store=store).result()["result"]
+    result = driver(*options, "--trials", "4", recipe=SEARCHED, store=store).result()["result"]
     trials = trials_of(store)
     assert {number: trials[number].values for number in before} == before
-    assert len({json.dumps(trial.values) for trial in trials}) == 8  # the second search repeats no draw of the first
+    assert len({json.dumps(trial.values) for trial in trials}) == 4  # the second search repeats no draw of the first
     assert {trial.state for trial in trials} <= {"finished", "stopped early"}
     assert all(1e-5 <= trial.values["model.optim.lr"] <= 0.5 for trial in trials)
     assert result["best"]["objective"] == max(t.objective for t in trials if t.state == "finished")
