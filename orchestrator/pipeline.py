@@ -218,7 +218,7 @@ def _record_end(outcome: Outcome, planned: Planned, setting: Setting, status: Li
     }
     if numbers:
         setting.recorder.metrics(run, numbers, step=planned.round or 0)
-    if parent != PIPELINE:
+    if planned.group is not None:
         short = planned.name.rpartition(".")[2]
         setting.recorder.metrics(parent, {f"{short}.{k}": v for k, v in numbers.items()}, step=planned.round or 0)
     words = {k: v for k, v in outcome.facts.items() if isinstance(v, str)}
