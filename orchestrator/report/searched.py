@@ -95,13 +95,14 @@ def _table(about: Mapping[str, Any], trials: Sequence[Trial]) -> Section | None:
             note = trial.note
         elif trial.objective is None and trial.looks:
             look, accuracy = trial.looks[-1]
-            note += f"{', ' if note else ''}{told(accuracy, share=True)} at look {look:g} of {about['looks']}"
+            seen = f"{told(accuracy, share=True)} at look {look:g} of {about['looks']}"
+            note = "; ".join(filter(None, (note, seen.replace(" ", "\u00a0"))))  # not broken in a narrow column
         shared = [stage["name"] for stage in trial.stages if stage["state"] == "stored"]
         rows.append([
-            str(trial.number), trial.state, *(_word(trial.values[name]) for name in names),
+            str(trial.number), trial.state.replace(" ", "\u00a0"), *(_word(trial.values[name]) for name in names),
             told(trial.objective, share=about["share"]), f"{trial.seconds:.1f}", ", ".join(shared), note,
         ])  # fmt: skip
-    header = ["trial", "state", *names, about["metric"], "seconds", "found in the store", ""]
+    header = ["trial", "state", *names, about["metric"], "seconds", "stored", ""]
     caption = f"Up to {about['trials']} trials by {about['algorithm']}, {about['concurrent']} at once."
     align = "rl" + "r" * (len(names) + 2) + "ll"
     return Section(
