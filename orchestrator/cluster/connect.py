@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.pipeline import cores
 from orchestrator.recipe import Resources, report
 
 NAMESPACE = "orchestrator"
+JOIN_SECONDS = 20.0  # that the nodes of a cluster which has just been started have to report to its head
 GROW_SECONDS = 1200  # that a cluster which grows has to start the nodes of a training
 
 # set before ray is imported: Ray reads them once
@@ -103,8 +105,11 @@ def connect(resources: Resources, *, dashboard: bool = False) -> dict[str, float
                 ray.init(address="local", num_cpus=cores(), object_store_memory=256 * 2**20,
                          include_dashboard=dashboard or resources.workers > 1, **quiet)  # fmt: skip
     grows = growth() if joined() else None
-    nodes = alive()
-    problems = room_problems(needs_of(resources), nodes, grows)
+    nodes, needs = alive(), needs_of(resources)
+    end = time.monotonic() + (JOIN_SECONDS if joined() else 0)
+    while (problems := room_problems(needs, nodes, grows)) and time.monotonic() < end:
+        time.sleep(0.5)
+        nodes = alive()
     if problems:
         raise report("the cluster" if joined() else "this machine", problems)
     if grows:  # a node needs minutes to come up, and Ray Train gives up after one

@@ -106,11 +106,16 @@ def room_problems(needs: Sequence[Need], nodes: Sequence[Node], groups: Sequence
         asked = " and ".join(f"{amount:g} {name}" for name, amount in need.each.items())
         what = need.what if need.count == 1 else f"{need.what}s"
         rooms = ", ".join(f"{node.ip} {room}" for node, room in now.items() if room) or "none has any"
-        told = f"{need.count} {what} with {asked} each: the {len(nodes)} nodes have room for {sum(now.values())}"
+        room = sum(now.values())
+        there = "the node has" if len(nodes) == 1 else f"the {len(nodes)} nodes have"
+        told = f"{need.count} {what} with {asked} each: {there} room for {room}"
+        most = max(room, grown)
+        fewer = f"use {most} or fewer"
         if groups is None:
-            advice = f"use {sum(now.values())} or fewer, or add nodes (of a cluster that grows by itself, the least)"
+            advice = f"{f'{fewer}, or ' if most else ''}add nodes (of a cluster that grows by itself, the least)"
         else:
-            told, advice = f"{told}, and at most {grown} when the cluster has grown", f"use {grown} or fewer"
+            told = f"{told}, and at most {grown} when the cluster has grown"
+            advice = fewer if most else "add nodes, or ask for less"
         found.append((need.field, f"{told} ({rooms}); {advice}"))
     return found
 

@@ -72,6 +72,11 @@ class TestRoom:
         assert room_problems([gpus], [HEAD]) != []
         assert room_problems([gpus], [HEAD], [Group(2, {"GPU": 2.0, "CPU": 8.0})]) == []
         ((_, message),) = room_problems([gpus], [HEAD], [Group(3, {"GPU": 1.0}), Group(9, {"CPU": 64.0})])
+        ((_, message),) = room_problems([gpus], [HEAD], [Group(9, {"CPU": 64.0})])
+        assert "the node has room for 0, and at most 0" in message and message.endswith("add nodes, or ask for less")
+        ((_, message),) = room_problems([gpus], [HEAD])
+        assert message.endswith("(none has any); add nodes (of a cluster that grows by itself, the least)")
+        ((_, message),) = room_problems([gpus], [HEAD], [Group(3, {"GPU": 1.0}), Group(9, {"CPU": 64.0})])
         assert "at most 3 when the cluster has grown" in message and message.endswith("use 3 or fewer")
 
     def test_the_needs_are_the_recipe_s_and_elastic_training_needs_its_least(self):
