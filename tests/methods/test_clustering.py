@@ -130,9 +130,9 @@ class TestInvariants:
         assert torch.equal(one.labels, two.labels) and torch.equal(one.centroids, two.centroids)
 
     def test_the_memory_for_distances_changes_nothing(self, monkeypatch):
-        x = normalise_rows(points(0, 500, 24))
+        x = normalise_rows(points(0, 120, 12))
         whole = kmeans(x, 20, draws=draws(), precision="float32")
-        monkeypatch.setitem(clustering.SCORES, "cpu", 60)
+        monkeypatch.setitem(clustering.SCORES, "cpu", 600)
         parts = kmeans(x, 20, draws=draws(), precision="float32")
         assert torch.equal(whole.labels, parts.labels) and torch.equal(whole.centroids, parts.centroids)
         assert whole.inertia == pytest.approx(parts.inertia)

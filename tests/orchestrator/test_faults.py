@@ -414,7 +414,7 @@ def test_a_driver_killed_in_the_second_round_goes_on_there_without_waiting(drive
 
 
 COORDINATOR_MOMENTS = [
-    pytest.param("NoisyStudent 0.50", id="in a student's training"),
+    pytest.param("NoisyStudent 0.50", id="in a student's training", marks=pytest.mark.slow),
     pytest.param("labelling", id="while the teacher labels", marks=pytest.mark.slow),
     pytest.param("before commit PseudoLabel 0", id="at a commit", marks=pytest.mark.slow),
     pytest.param("after commit Gate 0", id="between rounds", marks=pytest.mark.slow),
