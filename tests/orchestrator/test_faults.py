@@ -484,7 +484,7 @@ def test_a_coordinator_killed_while_its_labellers_work_gets_new_ones(driver, sto
 
 
 INTERRUPT_MOMENTS = [
-    pytest.param("SimCLR 0.50", "pretrain", id="in this process"),
+    pytest.param("SimCLR 0.50", "pretrain", id="in this process", marks=pytest.mark.slow),
     pytest.param("NoisyStudent 0.50", "students.0.student", id="in the coordinator", marks=pytest.mark.slow),
 ]
 
