@@ -128,7 +128,7 @@ class Display:
         if result.report:
             self.line(f"report  {result.report}")
         self.line(f"store   {result.store}")
-        place = "" if prepared.store.root.name == "orchestrator-store" else f" --store {prepared.store.root}"
+        place = store_option(prepared.store.root)
         labelled = any(stage["kind"] == "PseudoLabel" for stage in result.stages)
         commands = (f"show {result.run}", *([f"labels {result.run}"] if labelled else []), "ui")
         self.line("next    " + "    ".join(f"orchestrator {command}{place}" for command in commands))
@@ -254,6 +254,11 @@ def status_rows(store: Path, folder: Path) -> list[dict[str, Any]]:
                 row["progress"] = json.loads(text)
         rows.append(row)
     return rows
+
+
+def store_option(root: Path) -> str:
+    """What the next commands need to find a store that is not the one they take by themselves."""
+    return "" if root.name == "orchestrator-store" else f" --store {root}"
 
 
 def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.display import COLOURS, Display
+from orchestrator.display import COLOURS, Display, store_option
 from orchestrator.runs import read_head
 from orchestrator.trials import Trial, best_of, counts, read_trials
 
@@ -99,9 +99,9 @@ def show_search(display: Display, folder: Path, *, head: Mapping[str, Any] | Non
         display.line("this recipe reads no test images")
     display.line(f"report  {folder / 'report.html'}")
     display.line(f"best    {folder / 'best.yaml'}")
-    display.line(
-        f"next    orchestrator run {folder / 'best.yaml'}    orchestrator show {folder.name}    orchestrator ui"
-    )
+    place = store_option(folder.parents[1])
+    commands = (f"run {folder / 'best.yaml'}", f"show {folder.name}", "ui")
+    display.line("next    " + "    ".join(f"orchestrator {command}{place}" for command in commands))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import ray
 import torch
@@ -45,29 +45,40 @@ def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: f
     answers: dict[int, Tensor] = {}
     todo = deque(range(len(shards)))
     coming: dict[ray.ObjectRef, int] = {actor.ready.remote(): place for place, actor in enumerate(pool)}
+    away = set(coming.values())
     asked: dict[ray.ObjectRef, tuple[int, int]] = {}  # (shard, actor's place in the pool)
+    flying = [0] * len(pool)  # shards each has
+
+    def give(places: Iterable[int]) -> None:
+        for load in range(IN_FLIGHT):
+            for place in places:
+                # one that is still coming finds a shard to begin with; a second one in flight is for what is more
+                more = len(todo) > (len(coming) if load else 0)
+                if more and flying[place] <= load and place not in away:
+                    shard = todo.popleft()
+                    asked[pool[place].answer.remote(shards[shard])] = (shard, place)
+                    flying[place] += 1
+
     try:
         while len(answers) < len(shards):
             (done, *_), _ = ray.wait([*coming, *asked], num_returns=1)
             if done in coming:
                 ray.get(done)  # a model that cannot be opened is no accident
-                coming.pop(done)
-            else:
-                shard, place = asked.pop(done)
-                try:
-                    answers[shard] = torch.from_numpy(ray.get(done).numpy().copy())
-                except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
-                    todo.appendleft(shard)
-                    if place not in coming.values():
-                        coming[pool[place].ready.remote()] = place
-            there = sorted(set(range(len(pool))) - set(coming.values()))
-            for load in range(IN_FLIGHT):
-                for place in there:
-                    # one that is still coming finds a shard to begin with; a second one in flight is for what is more
-                    more = len(todo) > (len(coming) if load else 0)
-                    if more and sum(place == other for _, other in asked.values()) <= load:
-                        shard = todo.popleft()
-                        asked[pool[place].answer.remote(shards[shard])] = (shard, place)
+                place = coming.pop(done)
+                away.discard(place)
+                give([place])
+                continue
+            shard, place = asked.pop(done)
+            flying[place] -= 1
+            try:
+                answers[shard] = torch.from_numpy(ray.get(done).numpy().copy())
+                give([place])
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
+                todo.appendleft(shard)
+                if place not in away:
+                    away.add(place)
+                    coming[pool[place].ready.remote()] = place
+                give(range(len(pool)))
     finally:
         for actor in pool:
             ray.kill(actor)

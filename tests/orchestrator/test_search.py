@@ -453,6 +453,7 @@ def test_status_and_show_know_a_search_and_other_commands_pass_it_by(tmp_path):
     assert "label_smoothing" in ask("status", prepared.name).output
     shown = ask("show", "latest")
     assert shown.exit_code == 0 and "best.yaml" in shown.output and "read once" in shown.output
+    assert f"orchestrator ui --store {prepared.store.root}" in " ".join(shown.output.split())
     told = json.loads(ask("show", prepared.name, "--json").output)
     assert [trial["number"] for trial in told["trials"]] == [0, 1, 2] and told["result"]["test_reads"] == 1
     assert isinstance(ask("predict", "latest", str(tmp_path)).exception, UserError)
