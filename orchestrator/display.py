@@ -266,13 +266,10 @@ def plan_rows(prepared: Prepared) -> list[dict[str, Any]]:
     earlier = _earlier_keys(prepared.store, prepared)
     rows = []
     for plan in prepared.plans:
-        changed: set[str] = set()
         wave = waves(plan)
         for stage in plan.stages:
             name = prepared.prefix(plan) + stage.name
             state, reason = why(stage, prepared.store, earlier.get(name))
-            if state == "to run":
-                changed.add(stage.name)
             work = stage.work
             parts = [f"{work[key]:,} {key}" for key in ("steps", "images", "parameters") if key in work]
             precision = stage.question["config"].get("precision")

@@ -1,12 +1,15 @@
 """The store: artifacts under their keys, committed by one rename, and the working folders of unfinished stages.
 
-    STORE/.orchestrator-store      marks the folder, so that it is never read as data
-    STORE/artifacts/KEY/           manifest.json and the artifact's files: complete by definition, never edited
-    STORE/work/KEY/                a stage's own checkpoints while it runs; belongs to the key and outlives a crash
-    STORE/corrections/             reviewed labels, each file under its digest; a recipe that uses one names its path
-    STORE/features/                extracted features of the runs at work, to be extracted once; may be deleted
-    STORE/data/                    catalogues of image sources
-    STORE/runs/RUN/                recipe, states, records, report of one run
+In the folder of a store:
+
+    .orchestrator-store      marks the folder, so that it is never read as data
+    artifacts/KEY/           manifest.json and the artifact's files: complete by definition, never edited
+    work/KEY/                a stage's own checkpoints while it runs; belongs to the key and outlives a crash
+    corrections/             reviewed labels, each file under its digest; a recipe that uses one names its path
+    features/                extracted features of the runs at work, to be extracted once; may be deleted
+    data/                    catalogues of image sources
+    runs/RUN/                recipe, states, records, report of one run
+
 No file inside holds an absolute path: a store may be moved or renamed.
 """
 

@@ -29,8 +29,7 @@ from orchestrator.recipe import Resources
 from orchestrator.stages.train import Fit
 
 CONTROLLER_TRIES = 3  # a controller that dies is not restarted by Ray; training goes on from its checkpoint
-LOST_WORKERS = 5  # how many times a worker group is started again after losing a worker; a machine that was taken away
-# after a warning does not count
+LOST_WORKERS = 5  # how many times a worker group is started again; a machine taken away with notice does not count
 START_SECONDS = "15"  # how long a group that may shrink waits for all its workers before it goes on with fewer
 GROUP = "group"  # file in a stage's working folder: the placement group its workers run in
 

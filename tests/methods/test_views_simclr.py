@@ -30,7 +30,8 @@ def test_a_rows_view_does_not_depend_on_its_batch(seed, count, height, width, bl
     views = augment(images, draws)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     part = order[: (count + 1) // 2]
-    close = dict(atol=5e-6, rtol=0)  # the parameters are equal bit by bit; a product may round by its batch's size
+    # the parameters are equal bit by bit; a product may round by its batch's size, and three factors of 1.4 enlarge it
+    close = dict(atol=1e-6 * 1.4**3, rtol=0)
     torch.testing.assert_close(augment(images[order], draws[order]), views[order], **close)
     torch.testing.assert_close(augment(images[part], draws[part]), views[part], **close)
     assert torch.equal(augment(images, draws), views)
