@@ -170,6 +170,8 @@ def _override(raw: dict[str, Any], text: str, problems: list[tuple[str, str]]) -
         return
     place: Any = raw
     *parents, last = path.split(".")
+    if parents[:1] == ["stages"] and parents[2:3] == ["each"] and len(parents) > 4:
+        parents, last = _in_arm(raw, [*parents, last])
     for number, part in enumerate(parents):
         here = place.get(part)
         if here is None:
@@ -187,6 +189,20 @@ def _override(raw: dict[str, Any], text: str, problems: list[tuple[str, str]]) -
         place[last] = yaml.safe_load(value) if value else None
     except yaml.YAMLError:
         problems.append((path, f"{value!r} is not YAML; quote it"))
+
+
+def _in_arm(raw: dict[str, Any], parts: list[str]) -> tuple[list[str], str]:
+    """Where an override of an arm's own field goes: an arm's keys are paths themselves, so model.method.ramp is looked
+    for in what the arm gives as model.method, and is a key of its own if the arm gives no such thing."""
+    arm, own = parts[:4], parts[4:]
+    place: Any = raw
+    for part in arm:
+        place = place.get(part) if isinstance(place, dict) else None
+    for size in range(len(own) - 1, 0, -1):
+        key = ".".join(own[:size])
+        if isinstance(place, dict) and isinstance(place.get(key), dict):
+            return [*arm, key, *own[size:-1]], own[-1]
+    return arm, ".".join(own)
 
 
 def _unshared(value: Any) -> Any:

@@ -118,9 +118,22 @@ class TestLayout:
         dropped = parse(ARMS, overrides=["stages.arms.each.simclr=null"])
         assert not any("simclr" in node.name for node in dropped.nodes)
 
+    def test_an_override_reaches_into_an_arm(self):
+        each = "stages.arms.each"
+        changed = parse(ARMS, overrides=[f"{each}.simclr.pretrain.method.temperature=0.2",
+                                         f"{each}.supervised.pretrain.method.label_smoothing=0.3",
+                                         f"{each}.random.pretrain.steps=1"])  # fmt: skip
+        simclr, supervised = (changed.node(f"arms.{arm}.pretrain").stage.method for arm in ("simclr", "supervised"))
+        assert (simclr.config.temperature, simclr.config.flip) == (0.2, False)
+        assert (supervised.config.label_smoothing, supervised.config.augment.flip) == (0.3, False)
+        assert changed.node("arms.random.pretrain").stage.steps == 1
+        assert changed.node("arms.supervised.pretrain").stage.steps == 3
+
     @pytest.mark.parametrize(
         ("override", "expected"),
         [
+            ("stages.arms.each.simclr.pretrian.steps=1", "pretrian.steps leads nowhere in stages; did you mean pretrain"),
+            ("stages.arms.each.simclr.pretrain.stesp=1", "did you mean steps"),
             ("stages.arms.only=[simclar]", "did you mean simclr"),
             ("stages.arms.each.random={pretrian.steps: 0}", "pretrian.steps leads nowhere"),
             ("stages.arms.each={}", "must map the name of each arm"),
