@@ -132,7 +132,7 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("override", "expected"),
         [
-            ("stages.arms.each.simclr.pretrian.steps=1", "pretrian.steps leads nowhere in stages; did you mean pretrain"),
+            ("stages.arms.each.simclr.pretrian.steps=1", "leads nowhere in stages; did you mean pretrain?"),
             ("stages.arms.each.simclr.pretrain.stesp=1", "did you mean steps"),
             ("stages.arms.only=[simclar]", "did you mean simclr"),
             ("stages.arms.each.random={pretrian.steps: 0}", "pretrian.steps leads nowhere"),

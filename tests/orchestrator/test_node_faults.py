@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from orchestrator.context import SHARD
+from orchestrator.trials import read_trials
 from tests.orchestrator.ray_nodes import BIN, DEADLINE, Nodes, eventually
-from tests.orchestrator.test_faults import TWO_WORKERS, digests, ledger, run_unbroken, states
+from tests.orchestrator.test_faults import TWO_WORKERS, digests, finished, ledger, run_unbroken, states
+from tests.orchestrator.test_search import GRID, HALTS
 
 pytestmark = [
     pytest.mark.cluster,
@@ -60,12 +62,12 @@ class Watched(Nodes):
                     return f"127.0.0.{number}"
         raise AssertionError(f"{pid} runs on no node")
 
-    def start(self, place, recipe, store):
-        """`orchestrator run` on a machine of the cluster."""
+    def start(self, place, recipe, store, verb="run", options=()):
+        """`orchestrator run`, or another command with its options, on a machine of the cluster."""
         file, output = place / "recipe.yaml", place / "err"
         file.write_text(recipe, encoding="utf-8")
         environment = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
-        command = [BIN / "orchestrator", "run", file, "--store", store, "--json"]
+        command = [BIN / "orchestrator", verb, file, *options, "--store", store, "--json"]
         with (place / "out").open("wb") as out, output.open("wb") as err:
             run = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=place, start_new_session=True)
         run.output, run.answer = output, place / "out"
@@ -111,6 +113,11 @@ def photos(tmp_path_factory):
     return folder
 
 
+def answers(store):
+    """The digest of every stage that is done, by its key."""
+    return {key: json.loads(manifest)["digest"] for key, manifest in finished(store).items()}
+
+
 def test_a_node_lost_in_training_leaves_no_trace_in_the_weights(cluster, tmp_path):
     calm, broken = tmp_path / "calm", tmp_path / "broken"
     calm.mkdir()
@@ -138,3 +145,22 @@ def test_a_node_lost_in_labelling_leaves_no_trace_in_the_ledger(cluster, tmp_pat
     (rows,) = ledger(tmp_path / "store", result)
     assert len(rows) == len({row["id"] for row in rows}) > SHARD  # nothing is labelled twice, nothing left out
     assert set(states(result).values()) <= {"ran", "stored", "resumed"}
+
+
+def test_a_node_lost_in_a_search_costs_no_trial_and_changes_none(cluster, tmp_path):
+    calm, broken = tmp_path / "calm", tmp_path / "broken"
+    calm.mkdir()
+    broken.mkdir()
+    cluster.ask(None)
+    expected = cluster.result(cluster.start(calm, HALTS, calm / "store", "tune", GRID))["result"]
+    cluster.ask("Supervised 0.50")
+    run = cluster.start(broken, HALTS, broken / "store", "tune", (*GRID, "--concurrent", "2"))
+    trials = cluster.reached(run, processes=2)
+    cluster.kill(cluster.node_of(trials[0]))
+    cluster.ask(None)
+    result = cluster.result(run)["result"]
+    assert result["trials"] == expected["trials"] == {"finished": 3}
+    assert result["best"] == expected["best"] and answers(broken / "store") == answers(calm / "store")
+    (folder,) = (broken / "store" / "runs").iterdir()
+    states = [[stage["state"] for stage in trial.stages] for trial in read_trials(folder)]
+    assert sum("resumed" in told for told in states) == 1, states  # it went on from its checkpoint on another node
