@@ -310,7 +310,7 @@ class Pool:
 def ledger(folder: Path, count: int, classes: int) -> None:
     """One round of labels, by the stage that makes them, of logits as a trained teacher has."""
     images: Any = Pool(count, classes)
-    logits = 3 * torch.randn(count, classes, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(count, classes, generator=torch.Generator().manual_seed(0)).mul_(3)
     logits[torch.arange(count), torch.arange(count) % classes] += 10
     context = Answered(folder, folder, 0, images.classes)
     context.answer = logits
@@ -499,11 +499,11 @@ def labellers(count: int, shards: int) -> tuple[float, float]:
     try:
         ray.get([host.answer.remote(rows[0]) for host in Shared.hosts])  # they are up
         begin, busy = time.perf_counter(), time.process_time()
-        answers = extract.predict_in_pool(Free(), rows, count)  # type: ignore[arg-type]
+        answers = list(extract.predict_in_pool(Free(), rows, count))  # type: ignore[arg-type]
         seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     finally:
         extract.LabellerActor = own
-    if len(answers) != shards or any(answer.shape != (SHARD, 10) for answer in answers):
+    if {number for number, _ in answers} != set(range(shards)) or any(a.shape != (SHARD, 10) for _, a in answers):
         raise RuntimeError("the pool lost a shard")
     return shards / seconds, busy / shards
 

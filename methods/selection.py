@@ -26,13 +26,13 @@ class Selection:
 
 
 def select(
-    probability: Tensor, *, min_confidence: float, per_class: int | None,
+    confidence: Tensor, label: Tensor, *, min_confidence: float, per_class: int | None,
     balance: Literal["none", "limit", "replicate"], draws: Draws,
 ) -> Selection:  # fmt: skip
     """Keep confident images, then at most (limit) or exactly (replicate) `per_class` of each predicted class.
 
     Args:
-        probability: the teacher's distributions (N, K), not softened.
+        confidence: (N,) the largest probability of the teacher's distributions, not softened. label: (N,) its class.
         min_confidence: the largest probability an image needs.
         per_class: n_c; None takes the mean number of confident images a class.
         balance: "none" keeps all confident images once; "limit" the most confident n_c of each class; "replicate"
@@ -42,16 +42,14 @@ def select(
         Confidences .9 .8 .7 .4 .35 .2 at threshold .3 and n_c = 3 keep the first three once; .6 and .31 are each kept
         1.5 times in expectation. Ties go to the lower row.
     """
-    confidence, label = probability.max(dim=1)
     confident = confidence >= min_confidence
     copies = confident.long()
     reason = torch.where(confident, 0, 1)
     if balance == "none" or not confident.any():
         return Selection(copies, reason)
-    classes = probability.shape[1]
-    count = torch.bincount(label[confident], minlength=classes)
+    count = torch.bincount(label[confident])
     target = per_class if per_class is not None else max(1, round(int(confident.sum()) / int((count > 0).sum())))
-    for k in range(classes):
+    for k in range(len(count)):
         rows = (confident & (label == k)).nonzero()[:, 0]
         if len(rows) > target:
             order = confidence[rows].argsort(descending=True, stable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,11 +107,19 @@ class Labels(Artifact):
     ])  # fmt: skip
 
     @staticmethod
-    def write(folder: Path, columns: dict[str, Any], facts: dict[str, Any], corrections: str | None = None) -> Labels:
-        """Write the ledger's rows, `columns` by the names of SCHEMA, and the text of the corrections among them."""
+    def write(
+        folder: Path, parts: Iterable[Mapping[str, Any]], facts: dict[str, Any], corrections: str | None = None
+    ) -> Labels:
+        """Write the ledger and the text of the corrections among its rows.
+
+        Args:
+            parts: the rows in their order, a part after the other: columns by the names of SCHEMA.
+        """
         if corrections is not None:
             (folder / "corrections.csv").write_bytes(corrections.encode())
-        pq.write_table(pa.table(columns, schema=Labels.SCHEMA), folder / "labels.parquet", compression="zstd")
+        with pq.ParquetWriter(folder / "labels.parquet", Labels.SCHEMA, compression="zstd") as file:
+            for columns in parts:
+                file.write_table(pa.table(dict(columns), schema=Labels.SCHEMA))
         return Labels(folder, facts)
 
     @property

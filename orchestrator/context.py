@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,7 @@ class Workers(Protocol):
 
     def fit(self, job: Any) -> None: ...
 
-    def predict(self, job: Any, shards: Sequence[Tensor]) -> list[Any]: ...
+    def predict(self, job: Any, shards: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]: ...
 
 
 @dataclass
@@ -142,11 +142,14 @@ class Context:
     def _forward(self, checkpoint: Checkpoint, images: Images, verb: str) -> Tensor:
         job = Forward(checkpoint, images, verb)
         shards = list(torch.arange(len(images)).split(SHARD))
+        found: Tensor | None = None
         with self.compute():
-            if self.workers is not None:
-                return torch.cat(self.workers.predict(job, shards))
-            run = job.open()
-            return torch.cat([run(rows) for rows in shards])
+            for number, answer in job.answers(shards) if self.workers is None else self.workers.predict(job, shards):
+                if found is None:  # filled as answers come: joined at the end they would be held twice
+                    found = torch.empty(len(images), *answer.shape[1:])
+                found[SHARD * number : SHARD * number + len(answer)] = answer
+        assert found is not None  # of no images there is one empty shard
+        return found
 
 
 @dataclass(frozen=True)
@@ -174,3 +177,9 @@ class Forward:
             return torch.cat(out)
 
         return run
+
+    def answers(self, shards: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The outputs of every shard with its number, by this process."""
+        run = self.open()
+        for number, rows in enumerate(shards):
+            yield number, run(rows)

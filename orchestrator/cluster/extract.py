@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import ray
 import torch
@@ -33,8 +33,10 @@ class Labeller:
 LabellerActor = ray.remote(num_cpus=1, max_restarts=-1)(Labeller)
 
 
-def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: float = 0) -> list[Tensor]:
-    """The outputs of every shard, in order, whatever actor answered.
+def predict_in_pool(
+    job: Forward, shards: Sequence[Tensor], actors: int, gpus: float = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """The outputs of every shard with its number, as they come, whatever actor answered.
 
     An actor gets shards while it is there. Those of a lost one go to the others, and it gets new ones when it is back:
     on a cluster with less room than before, that may be never.
@@ -42,7 +44,7 @@ def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: f
     kept = ray.put(job)  # an argument above 100 KB would be dropped once read, and a killed actor could not come back
     labeller = LabellerActor.options(num_gpus=gpus)
     pool = [labeller.remote(kept) for _ in range(min(actors, max(1, len(shards))))]
-    answers: dict[int, Tensor] = {}
+    left = len(shards)
     todo = deque(range(len(shards)))
     coming: dict[ray.ObjectRef, int] = {actor.ready.remote(): place for place, actor in enumerate(pool)}
     away = set(coming.values())
@@ -60,7 +62,7 @@ def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: f
                     flying[place] += 1
 
     try:
-        while len(answers) < len(shards):
+        while left:
             (done, *_), _ = ray.wait([*coming, *asked], num_returns=1)
             if done in coming:
                 ray.get(done)  # a model that cannot be opened is no accident
@@ -71,7 +73,7 @@ def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: f
             shard, place = asked.pop(done)
             flying[place] -= 1
             try:
-                answers[shard] = torch.from_numpy(ray.get(done).numpy().copy())
+                answer = torch.from_numpy(ray.get(done).numpy().copy())
                 give([place])
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError):
                 todo.appendleft(shard)
@@ -79,7 +81,9 @@ def predict_in_pool(job: Forward, shards: Sequence[Tensor], actors: int, gpus: f
                     away.add(place)
                     coming[pool[place].ready.remote()] = place
                 give(range(len(pool)))
+                continue
+            left -= 1
+            yield shard, answer
     finally:
         for actor in pool:
             ray.kill(actor)
-    return [answers[number] for number in range(len(shards))]

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -95,11 +95,10 @@ class RayWorkers:
                 raise next(iter(failures.values()), error) from error
         raise AssertionError("unreachable")
 
-    def predict(self, job: Forward, shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The forward pass over every shard, in order: in this process, or by labelling actors."""
+    def predict(self, job: Forward, shards: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The outputs of every shard with its number, as they come: by this process, or by labelling actors."""
         if not self.resources.labellers and (not self.resources.gpus or _may_work()):
-            run = job.open()
-            return [run(rows) for rows in shards]
+            return job.answers(shards)
         return predict_in_pool(job, shards, max(1, self.resources.labellers), self.resources.gpus)
 
 

@@ -75,7 +75,7 @@ class Cluster(Stage):
             "refilled": found.refilled, "sizes_min": int(sizes[0]),
             "sizes_median": float(sizes.double().quantile(0.5)), "sizes_max": int(sizes[-1]),
         }  # fmt: skip
-        return Labels.write(context.output, self._rows(context, teacher, images, label), facts)
+        return Labels.write(context.output, [self._rows(context, teacher, images, label)], facts)
 
     def _rows(self, context: Context, teacher: Checkpoint, images: Images, label: Tensor) -> dict[str, Any]:
         count = len(label)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from orchestrator.training import health
 CORRECTED, DROPPED = "corrected by hand", "dropped by hand"
 TEACHER = -1  # in place of a class: nobody looked, the teacher's label holds
 NO_CLASS = -2  # in place of a class: somebody looked, the image is to be left out
+ROWS = 2048  # of the ledger that are made and written together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,25 +104,29 @@ class PseudoLabel(Stage):
         self, context: Context, *, teacher: Checkpoint, images: Images, previous: Labels | None = None,
         holdout: Images | None = None,
     ) -> Labels:  # fmt: skip
-        logits = context.logits(teacher, images)
-        predicted = logits.softmax(dim=1)
+        probability = context.logits(teacher, images)  # of all images: the one large thing in memory
+        energy = torch.cat([health.energy(part) for part in probability.split(ROWS)])
+        for part in probability.split(ROWS):
+            part.copy_(part.softmax(dim=1))
+        sure, predicted = probability.max(dim=1)
         facts: dict[str, Any] = {"images": len(images), "teacher": teacher.key}
         given = self._given(context.classes, context.round)
         by_hand = _by_hand(given, images)
         corrected = by_hand >= 0
-        probability = predicted.clone()
-        probability[corrected] = torch.eye(predicted.shape[1])[by_hand[corrected]]
+        probability[corrected] = torch.eye(probability.shape[1])[by_hand[corrected]]
+        label = torch.where(corrected, by_hand, predicted)
+        rank = sure.masked_fill(corrected, 2)  # above what a teacher says: no limit drops it
         draws = context.draws(1, len(images))
-        score = probability * torch.where(corrected, 2, 1)[:, None]  # above what a teacher says: no limit drops it
 
         def confident(rows: Tensor) -> Selection:
             return select(
-                score[rows], min_confidence=self.min_confidence, per_class=self.per_class, balance=self.balance,
-                draws=draws[rows],
+                rank[rows], label[rows], min_confidence=self.min_confidence, per_class=self.per_class,
+                balance=self.balance, draws=draws[rows],
             )  # fmt: skip
 
         chosen = _with_hands(confident, by_hand)
-        trouble = self._trouble(chosen, probability, predicted)
+        classes = probability.shape[1]
+        trouble = self._trouble(chosen, label, sure, classes)
         facts["guard"] = trouble
         if trouble and self.guard == "stop":
             raise StopRound(f"{trouble}; lower min_confidence, train the teacher longer, or set guard: adapt")
@@ -127,11 +134,11 @@ class PseudoLabel(Stage):
             context.notice(
                 f"{trouble}: took the most confident {self.adapt_share:.0%} of every predicted class instead"
             )
-            chosen = _with_hands(lambda rows: self._most_confident(score[rows]), by_hand)
-        facts |= self._health(probability, chosen) | {"mean_confidence": float(predicted.max(dim=1).values.mean())}
+            chosen = _with_hands(lambda rows: self._most_confident(rank[rows], label[rows]), by_hand)
+        facts |= self._health(label, chosen, classes) | {"mean_confidence": float(sure.mean())}
         if holdout is not None and holdout.labelled.any():
             first = not context.round  # later teachers trained on these images
-            facts |= self._on_holdout(logits, context.logits(teacher, holdout), holdout, first)
+            facts |= self._on_holdout(energy, context.logits(teacher, holdout), holdout, first)
             facts["warnings"] = self._warnings(facts, previous)
             if facts["warnings"] and self.guard == "stop":
                 raise StopRound("; ".join(facts["warnings"]))
@@ -141,23 +148,24 @@ class PseudoLabel(Stage):
             facts |= _reviewed(given, by_hand, predicted)
             if facts["corrections_absent"]:
                 context.notice(f"{facts['corrections_absent']} of the corrected images are not among these images")
-        rows = self._rows(context, teacher, images, probability, chosen, by_hand, previous, facts)
+        changed = None if previous is None else _changed(previous, images, label)
+        if changed is not None:
+            facts["changed"] = pc.sum(changed).as_py() or 0
+        rows = self._rows(context, teacher, images, probability, label, chosen, by_hand, changed, facts)
         return Labels.write(context.output, rows, facts, given.text if given.rows else None)
 
-    def _trouble(self, chosen: Selection, probability: Tensor, predicted: Tensor) -> str | None:
+    def _trouble(self, chosen: Selection, label: Tensor, sure: Tensor, classes: int) -> str | None:
         kept = chosen.copies > 0
         if int(kept.sum()) < self.min_kept:
-            top = predicted.max(dim=1).values
             return (f"only {int(kept.sum())} of {len(kept)} images reach min_confidence {self.min_confidence} (the "
-                    f"most confident has {float(top.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
-        share = torch.bincount(probability.argmax(dim=1)[kept], minlength=probability.shape[1]).max() / kept.sum()
-        limit = self.max_class_share if probability.shape[1] > 2 else 0.999
+                    f"most confident has {float(sure.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
+        share = torch.bincount(label[kept]).max() / kept.sum()
+        limit = self.max_class_share if classes > 2 else 0.999
         return (
             f"one class holds {float(share):.0%} of the kept images, more than {limit:.0%}" if share > limit else None
         )
 
-    def _most_confident(self, probability: Tensor) -> Selection:
-        confidence, label = probability.max(dim=1)
+    def _most_confident(self, confidence: Tensor, label: Tensor) -> Selection:
         copies = torch.zeros(len(label), dtype=torch.long)
         for k in label.unique().tolist():
             rows = (label == k).nonzero()[:, 0]
@@ -165,23 +173,22 @@ class PseudoLabel(Stage):
             copies[rows[order[: max(1, round(len(rows) * self.adapt_share))]]] = 1
         return Selection(copies, torch.where(copies > 0, 0, 2))
 
-    def _health(self, probability: Tensor, chosen: Selection) -> dict[str, Any]:
+    def _health(self, label: Tensor, chosen: Selection, classes: int) -> dict[str, Any]:
         kept = chosen.copies > 0
-        label = probability.argmax(dim=1)
-        classes = probability.shape[1]
         return {
             "kept": int(kept.sum()), "kept_share": float(kept.float().mean()), "copies": int(chosen.copies.sum()),
             "predicted_by_class": torch.bincount(label, minlength=classes).tolist(),
             "kept_by_class": torch.bincount(label[kept], minlength=classes).tolist(),
         }  # fmt: skip
 
-    def _on_holdout(self, unlabelled: Tensor, logits: Tensor, holdout: Images, first: bool) -> dict[str, Any]:
-        """How good the teacher's labels are where the truth is known, and whether the pool looks like those images."""
+    def _on_holdout(self, outside: Tensor, logits: Tensor, holdout: Images, first: bool) -> dict[str, Any]:
+        """How good the teacher's labels are where the truth is known, and whether the pool, with these energies, looks
+        like those images."""
         known = torch.from_numpy(holdout.labelled.copy())
         label = torch.from_numpy(holdout.label.copy())[known]
         found = health.pseudo_labels(logits[known].softmax(dim=1), label, min_confidence=self.min_confidence)
         by_class = health.by_class(found, holdout.classes)
-        inside, outside = health.energy(logits[known]), health.energy(unlabelled)
+        inside = health.energy(logits[known])
         return {
             **{f"holdout_{name}": found[name] for name in ("images", "accepted", "precision", "acceptance", "accuracy",
                                                            "chance", "by_class")},
@@ -210,35 +217,45 @@ class PseudoLabel(Stage):
         return [line for line in found if line]
 
     def _rows(
-        self, context: Context, teacher: Checkpoint, images: Images, probability: Tensor, chosen: Selection,
-        by_hand: Tensor, previous: Labels | None, facts: dict[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
-        top = probability.topk(2, dim=1)
-        label = top.indices[:, 0].numpy().astype("int32")
-        changed = np.full(len(label), None, dtype=object)
-        if previous is not None:
-            table = previous.table(["id", "class"])
-            before = dict(zip(table["id"].to_pylist(), table["class"].to_pylist(), strict=True))
-            changed = np.array([None if before.get(i) is None else before[i] != k for i, k in
-                                zip(images.ids.tolist(), label.tolist(), strict=True)], dtype=object)  # fmt: skip
-            facts["changed"] = int(sum(bool(value) for value in changed))
+        self, context: Context, teacher: Checkpoint, images: Images, probability: Tensor, label: Tensor,
+        chosen: Selection, by_hand: Tensor, changed: pa.Array | None, facts: Mapping[str, Any],
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
         reasons = (*REASONS, CORRECTED, DROPPED)
         sources = ("teacher", facts.get("corrections", ""))
-        return {
-            "id": images.ids.tolist(), "path": [images.where(row) for row in range(len(images))],
-            "round": [context.round or 0] * len(label), "teacher": [teacher.key] * len(label), "class": label,
-            "name": [images.classes[k] for k in label], "confidence": top.values[:, 0].numpy(),
-            "margin": (top.values[:, 0] - top.values[:, 1]).numpy(),
-            "entropy": torch.special.entr(probability).sum(dim=1).numpy(), "probabilities": list(probability.numpy()),
-            "copies": chosen.copies.numpy().astype("int32"), "reason": [reasons[r] for r in chosen.reason.tolist()],
-            "changed": changed.tolist(), "source": [sources[k] for k in (by_hand != TEACHER).long().tolist()],
-        }  # fmt: skip
+        ids, classes = images.ids, probability.shape[1]
+        for begin in range(0, len(ids), ROWS):
+            part = slice(begin, begin + ROWS)
+            own, named = probability[part], label[part].tolist()
+            count = len(own)
+            top = own.topk(2, dim=1).values
+            ends = np.arange(0, count * classes + 1, classes, dtype="int32")
+            yield {
+                "id": ids[part], "path": [images.where(row) for row in range(begin, begin + count)],
+                "round": [context.round or 0] * count, "teacher": [teacher.key] * count, "class": named,
+                "name": [images.classes[k] for k in named], "confidence": top[:, 0].numpy(),
+                "margin": (top[:, 0] - top[:, 1]).numpy(),
+                "entropy": torch.special.entr(own).sum(dim=1).numpy(),
+                "probabilities": pa.ListArray.from_arrays(ends, own.flatten().numpy()),
+                "copies": chosen.copies[part].numpy().astype("int32"),
+                "reason": [reasons[r] for r in chosen.reason[part].tolist()],
+                "changed": [None] * count if changed is None else changed[part],
+                "source": [sources[k] for k in (by_hand[part] != TEACHER).long().tolist()],
+            }  # fmt: skip
+
+
+def _changed(previous: Labels, images: Images, label: Tensor) -> pa.Array:
+    """(N,) bool: of another class than in the round before, null for images that were not in it."""
+    table = previous.table(["id", "class"])
+    place = pc.index_in(pa.array(images.ids), value_set=table["id"].combine_chunks())
+    return pc.not_equal(table["class"].combine_chunks().take(place), pa.array(label.numpy().astype("int32")))
 
 
 def _by_hand(given: Corrections, images: Images) -> Tensor:
     """(N,) int64: the class an image got by hand, TEACHER or NO_CLASS."""
     place = {name: k for k, name in enumerate(images.classes)}
     decided = {key: NO_CLASS if name is None else place[name] for key, name in given.decisions().items()}
+    if not decided:
+        return torch.full((len(images),), TEACHER)
     return torch.tensor([decided.get(key, TEACHER) for key in images.ids.tolist()], dtype=torch.long)
 
 
@@ -258,7 +275,7 @@ def _with_hands(choose: Callable[[Tensor], Selection], by_hand: Tensor) -> Selec
 def _reviewed(given: Corrections, by_hand: Tensor, predicted: Tensor) -> dict[str, Any]:
     """`teacher_agrees`: of the images that got a class by hand, those that this round's teacher takes for the same."""
     corrected = by_hand >= 0
-    agrees = predicted[corrected].argmax(dim=1) == by_hand[corrected]
+    agrees = predicted[corrected] == by_hand[corrected]
     return {
         "corrections": given.digest, "corrected": int(corrected.sum()), "dropped": int((by_hand == NO_CLASS).sum()),
         "teacher_agrees": int(agrees.sum()),

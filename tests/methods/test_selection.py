@@ -17,7 +17,7 @@ A, B = (0.9, 0.8, 0.7, 0.4, 0.35, 0.2), (0.6, 0.31)
 
 def test_more_than_the_limit_keeps_the_most_confident_once():
     p = torch.stack([torch.tensor(A), torch.full((6,), 0.1)], dim=1)
-    chosen = select(p, min_confidence=0.3, per_class=3, balance="limit", draws=draws(6))
+    chosen = select(*p.max(dim=1), min_confidence=0.3, per_class=3, balance="limit", draws=draws(6))
     assert chosen.copies.tolist() == [1, 1, 1, 0, 0, 0]
     assert [REASONS[r] for r in chosen.reason.tolist()] == ["kept"] * 3 + ["over class limit"] * 2 + [
         "below confidence"
@@ -27,7 +27,7 @@ def test_more_than_the_limit_keeps_the_most_confident_once():
 def test_fewer_than_the_limit_are_repeated_one_and_a_half_times_on_average():
     p = torch.stack([torch.full((2,), 0.1), torch.tensor(B)], dim=1)
     totals = [
-        select(p, min_confidence=0.3, per_class=3, balance="replicate", draws=draws(2, seed)).copies
+        select(*p.max(dim=1), min_confidence=0.3, per_class=3, balance="replicate", draws=draws(2, seed)).copies
         for seed in range(400)
     ]
     copies = torch.stack(totals).double()
@@ -38,9 +38,10 @@ def test_fewer_than_the_limit_are_repeated_one_and_a_half_times_on_average():
 @given(seed=st.integers(0, 1000), n=st.integers(1, 60), limit=st.integers(1, 20))
 def test_two_shards_give_the_same_selection_as_one(seed, n, limit):
     p = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
-    whole = select(p, min_confidence=0.3, per_class=limit, balance="replicate", draws=draws(n))
+    whole = select(*p.max(dim=1), min_confidence=0.3, per_class=limit, balance="replicate", draws=draws(n))
     order = torch.arange(n).flip(0)
-    again = select(p[order], min_confidence=0.3, per_class=limit, balance="replicate", draws=draws(n)[order])
+    turned = p[order].max(dim=1)
+    again = select(*turned, min_confidence=0.3, per_class=limit, balance="replicate", draws=draws(n)[order])
     kept = p.max(dim=1).values >= 0.3
     assert torch.equal((whole.copies > 0).sum(), (again.copies > 0).sum())
     assert not (whole.copies > 0)[~kept].any()
@@ -52,7 +53,7 @@ def test_two_shards_give_the_same_selection_as_one(seed, n, limit):
 def test_a_higher_threshold_never_keeps_more(seed, low, more):
     p = torch.randn(50, 4, generator=torch.Generator().manual_seed(seed)).softmax(dim=1)
     kept = [
-        (select(p, min_confidence=c, per_class=None, balance="none", draws=draws(50)).copies > 0)
+        (select(*p.max(dim=1), min_confidence=c, per_class=None, balance="none", draws=draws(50)).copies > 0)
         for c in (low, low + more)
     ]
     assert not (kept[1] & ~kept[0]).any()
@@ -60,4 +61,5 @@ def test_a_higher_threshold_never_keeps_more(seed, low, more):
 
 def test_nothing_confident_keeps_nothing():
     p = torch.full((5, 4), 0.25)
-    assert select(p, min_confidence=0.9, per_class=None, balance="replicate", draws=draws(5)).copies.sum() == 0
+    chosen = select(*p.max(dim=1), min_confidence=0.9, per_class=None, balance="replicate", draws=draws(5))
+    assert chosen.copies.sum() == 0

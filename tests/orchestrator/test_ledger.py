@@ -144,7 +144,7 @@ def written(tmp_path):
             if number < 2:
                 table = table_of(rounds[number], [1, 1, 0, 0, 1] if number == 0 else [1, 0, 1, 0, 2])
                 columns = {**{name: table[name] for name in table.column_names}, "round": [number] * 5}
-                store.commit(key, Labels.write(store.output(key), columns, {}), {})
+                store.commit(key, Labels.write(store.output(key), [columns], {}), {})
     update_head(folder, run="written-1", recipe="written", seeds=[0, 1], classes=list(CLASSES), stages=stages,
                 status="FINISHED", pixels=16)  # fmt: skip
     return store
