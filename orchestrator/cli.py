@@ -223,9 +223,9 @@ def tune(
         raise UserError(f"--holdout {held_out:g}: must be above 0 and below 1, a share of the labelled images")
     from orchestrator.context import Interrupted
     from orchestrator.display import Display
-    from orchestrator.search import make_search, read_budget
-    from orchestrator.trial_display import line, show_search, watch_search
-    from orchestrator.tune import execute_search, prepare_search
+    from orchestrator.search.display import line, show_search, watch_search
+    from orchestrator.search.question import make_search, read_budget
+    from orchestrator.search.run import execute_search, prepare_search
 
     limits = read_budget(trials, budget)
     checked = _load(recipe, overrides, labelled, unlabelled, test)
@@ -279,8 +279,8 @@ def status(
         return
     from orchestrator.display import Display, status_rows
     from orchestrator.runs import read_head
-    from orchestrator.trial_display import status_line, trial_table
-    from orchestrator.trials import is_search, read_trials
+    from orchestrator.search.display import status_line, trial_table
+    from orchestrator.search.trials import is_search, read_trials
 
     folders = [_find_run(store, run, searches=True)] if run else _runs(store)
     heads = [read_head(folder) for folder in folders]
@@ -419,9 +419,9 @@ def show(
     from orchestrator.report.html import write_report
     from orchestrator.run import RunResult
     from orchestrator.runs import read_head
+    from orchestrator.search.display import show_search
+    from orchestrator.search.trials import is_search, read_trials
     from orchestrator.store import Store
-    from orchestrator.trial_display import show_search
-    from orchestrator.trials import is_search, read_trials
 
     folder = _find_run(store.absolute(), run, searches=True)
     opened = Store.open(store)
@@ -676,7 +676,7 @@ def _runs(store: Path) -> list[Path]:
 def _find_run(store: Path, name: str, *, searches: bool = False) -> Path:
     """The folder of a run, or with `searches` of a search too, by the beginning of its name."""
     from orchestrator.runs import read_head
-    from orchestrator.trials import is_search
+    from orchestrator.search.trials import is_search
 
     runs = _runs(store)
     if not searches:

@@ -11,7 +11,7 @@ import tune_spaces
 from methods.base import Method
 from orchestrator.component import ConfigError, resolve
 from orchestrator.recipe import parse, shipped
-from orchestrator.search import LADDER, bind, field_of, make_search, spaces
+from orchestrator.search.question import LADDER, bind, field_of, make_search, spaces
 from orchestrator.stage import Stage
 from tests.conftest import SMALL
 from tune_spaces.space import OPTIONS, Space, cut, describe, draw, holds, is_log, limits, options, snap

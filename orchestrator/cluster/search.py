@@ -26,9 +26,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from orchestrator.cluster.fit import RayWorkers
 from orchestrator.errors import UserError
-from orchestrator.search import Budget, Parameter, Search, listed_points
-from orchestrator.trials import Trial, read_trial, read_trials, trial_file
-from orchestrator.tune import Job, PreparedSearch, Spent, check_failures, run_trial
+from orchestrator.search.question import Budget, Parameter, Search, listed_points
+from orchestrator.search.run import Job, PreparedSearch, Spent, check_failures, run_trial
+from orchestrator.search.trials import Trial, read_trial, read_trials, trial_file
 from tune_spaces.space import options, snap
 
 OBJECTIVE, LOOK = "objective", "look"

@@ -11,8 +11,8 @@ from orchestrator.report import compared, health, judgement, learning, record, s
 from orchestrator.report.content import Section
 from orchestrator.report.gallery import Pictures
 from orchestrator.report.reading import RunFacts, read_run
+from orchestrator.search.trials import is_search
 from orchestrator.store import Store, replace_file
-from orchestrator.trials import is_search
 
 
 def write_report(store: Store, folder: Path) -> Path:

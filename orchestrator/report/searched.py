@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.report import record, search_figures
 from orchestrator.report.content import Block, Code, Figure, Row, Section, Table, Text
 from orchestrator.report.reading import RunFacts
-from orchestrator.trials import Trial, best_of, read_trials
+from orchestrator.search.trials import Trial, best_of, read_trials
 
 FOLD = 40  # trials from which on the table is closed until it is asked for
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.context import SHARD
-from orchestrator.trials import read_trials
+from orchestrator.search.trials import read_trials
 from tests.orchestrator.ray_nodes import BIN, DEADLINE, Nodes, eventually
 from tests.orchestrator.test_faults import TWO_WORKERS, digests, finished, ledger, run_unbroken, states
 from tests.orchestrator.test_search import GRID, HALTS

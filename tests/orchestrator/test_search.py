@@ -14,10 +14,9 @@ from orchestrator.errors import UserError
 from orchestrator.recipe import Resources, load, parse
 from orchestrator.report.html import write_report
 from orchestrator.runs import read_head
-from orchestrator.search import Budget, Metric, listed_points, make_search, needed, read_budget
-from orchestrator.store import Store
-from orchestrator.tracking import read_records
-from orchestrator.trials import (
+from orchestrator.search.question import Budget, Metric, listed_points, make_search, needed, read_budget
+from orchestrator.search.run import Job, Room, execute_search, make_room, prepare_search, run_trial
+from orchestrator.search.trials import (
     Trial,
     best_of,
     conclusion,
@@ -26,7 +25,8 @@ from orchestrator.trials import (
     read_trials,
     trial_file,
 )
-from orchestrator.tune import Job, Room, execute_search, make_room, prepare_search, run_trial
+from orchestrator.store import Store
+from orchestrator.tracking import read_records
 from tests.orchestrator.test_faults import Driver, eventually, finished, waiting
 
 SEARCHED = """
@@ -67,8 +67,8 @@ HALTS = waiting(SEARCHED)
 @pytest.fixture(autouse=True)
 def no_tracking(monkeypatch):
     """In this process nothing is sent to MLflow; its records are what is looked at."""
-    monkeypatch.setattr("orchestrator.tune.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.tune.Sender.finish", lambda self, timeout: None)
+    monkeypatch.setattr("orchestrator.search.run.Sender.start", lambda self: None)
+    monkeypatch.setattr("orchestrator.search.run.Sender.finish", lambda self, timeout: None)
 
 
 def dumped(raw):

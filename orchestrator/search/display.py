@@ -15,7 +15,7 @@ from rich.text import Text
 
 from orchestrator.display import COLOURS, Display, store_option
 from orchestrator.runs import read_head
-from orchestrator.trials import Trial, best_of, counts, read_trials
+from orchestrator.search.trials import Trial, best_of, counts, read_trials
 
 STATES = {"finished": "green", "stopped early": "magenta", "interrupted": "yellow", **COLOURS}
 SHOWN = 30  # trials in the live table: the newest

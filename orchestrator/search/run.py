@@ -29,7 +29,7 @@ from orchestrator.recipe import Recipe, Resources, parse, report
 from orchestrator.report.html import write_report
 from orchestrator.run import SEND_SECONDS, batches_of, load_for_registry
 from orchestrator.runs import read_head, update_head
-from orchestrator.search import (
+from orchestrator.search.question import (
     HOLDOUT,
     TEST,
     Budget,
@@ -42,10 +42,7 @@ from orchestrator.search import (
     seen_accuracy,
     touched,
 )
-from orchestrator.store import Store, replace_file
-from orchestrator.tracking import Recorder, Sender, Status, tracking_uri
-from orchestrator.training.health import LOOKS
-from orchestrator.trials import (
+from orchestrator.search.trials import (
     SEARCH,
     UNDONE,
     Trial,
@@ -56,6 +53,9 @@ from orchestrator.trials import (
     read_trials,
     trial_file,
 )
+from orchestrator.store import Store, replace_file
+from orchestrator.tracking import Recorder, Sender, Status, tracking_uri
+from orchestrator.training.health import LOOKS
 
 ENOUGH = 200  # held-out images below which a person is told how little they tell
 FAILURES = 3  # trials that fail before any other ends: then it is not the values
