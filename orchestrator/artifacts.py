@@ -142,9 +142,16 @@ class Labels(Artifact):
         return path.read_bytes() if path.exists() else None
 
     def probabilities(self) -> np.ndarray:
-        """The teacher's distributions (N, K) float32."""
-        column = self.table(["probabilities"])["probabilities"].combine_chunks()
-        return column.values.to_numpy().reshape(len(column), -1)
+        """The teacher's distributions (N, K) float32, read part by part into one array."""
+        with pq.ParquetFile(self.folder / "labels.parquet") as file:
+            rows, found, place = file.metadata.num_rows, np.empty((0, 0), np.float32), 0
+            for part in file.iter_batches(columns=["probabilities"]):
+                values = part.column(0).flatten().to_numpy().reshape(len(part), -1)
+                if place == 0:
+                    found = np.empty((rows, values.shape[1]), np.float32)
+                found[place : place + len(part)] = values
+                place += len(part)
+        return found
 
 
 @dataclass(frozen=True)

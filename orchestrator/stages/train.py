@@ -355,11 +355,11 @@ class Fit:
         copies = torch.from_numpy(table["copies"].to_numpy().astype("int64"))
         rows = torch.arange(len(self.images)).repeat_interleave(copies)
         order = Order.of(self.images, sizes["images"], seed * 2 + 1, copies=copies)
-        target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities().copy())[rows]
+        target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities())
         if "unlabelled" in views:
             found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))
         else:
-            label = torch.from_numpy(table["class"].to_numpy().astype("int64"))[rows]
+            label = torch.from_numpy(table["class"].to_numpy().astype("int64"))
             found.append(Stream("labelled", self.images, order, label=label, target=target, rows=rows))
         return tuple(found)
 

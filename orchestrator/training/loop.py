@@ -29,9 +29,9 @@ class Stream:
     name: str
     images: Images
     order: Order
-    label: Tensor | None = None  # (N,) int64
-    target: Tensor | None = None  # (N, K) float32
-    rows: Tensor | None = None  # (N,) rows of `images`, where the stream repeats or leaves out some
+    label: Tensor | None = None  # (N,) int64, of the images
+    target: Tensor | None = None  # (N, K) float32, of the images
+    rows: Tensor | None = None  # (M,) rows of the images, where the stream repeats or leaves out some
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def make_batch(
     waited = 0.0
     for stream in streams:
         place, epoch = stream.order.at(step, part=part, parts=parts)
+        rows = place if stream.rows is None else stream.rows[place]
         begin = time.perf_counter()
-        images = stream.images.batch(place if stream.rows is None else stream.rows[place])
+        images = stream.images.batch(rows)
         read_ahead(stream.images, stream.order, step, part=part, parts=parts, rows=stream.rows)
         waited += time.perf_counter() - begin
         if device.type == "cuda":
@@ -71,9 +72,9 @@ def make_batch(
                 draws = Draws.of(seed, epoch.to(device), place.to(device), number)
                 batch[view.name] = view.transform(images, draws)
         if stream.label is not None:
-            batch["label"] = stream.label[place].to(device)
+            batch["label"] = stream.label[rows].to(device)
         if stream.target is not None:
-            batch["target"] = stream.target[place].to(device)
+            batch["target"] = stream.target[rows].to(device)
     return batch, waited
 
 

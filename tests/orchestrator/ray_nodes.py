@@ -7,6 +7,7 @@ clusters on the machine are left alone.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -16,7 +17,9 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -138,3 +141,82 @@ class Nodes:
         for node in self.nodes:
             node.wait(DEADLINE)
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+class Watched(Nodes):
+    """Nodes whose methods wait at a moment, as `halting` tells, and the runs on them."""
+
+    def __init__(self, place: Path, **environment: str) -> None:
+        self.halt = place / "halt"
+        self.halt.mkdir()
+        self.runs: list[Run] = []
+        super().__init__(environment={"HALT_FOLDER": str(self.halt), **environment})
+
+    def ask(self, moment: str | None) -> None:
+        """Have processes wait at a moment, or with None let all go on."""
+        for old in self.halt.glob("reached-*"):
+            old.unlink()
+        part = self.halt / "part"
+        part.write_text(moment or "never")
+        part.rename(self.halt / "at")
+
+    def reached(self, run: Run, processes: int = 1) -> list[int]:
+        """The ids of the processes that wait."""
+
+        def look() -> list[int] | None:
+            assert run.process.poll() is None, run.said + self.logs()
+            found = [int(path.name.removeprefix("reached-")) for path in self.halt.glob("reached-*")]
+            return found if len(found) >= processes else None
+
+        return eventually(look, lambda: f"{processes} processes at the moment; {run.said}")
+
+    def node_of(self, pid: int) -> str:
+        """The address of the node that a process runs on."""
+        for number, node in enumerate(self.nodes, 1):
+            with contextlib.suppress(psutil.Error):
+                if pid in {process.pid for process in psutil.Process(node.pid).children(recursive=True)}:
+                    return f"127.0.0.{number}"
+        raise AssertionError(f"{pid} runs on no node")
+
+    def node_id(self, address: str) -> str:
+        """What Ray calls a node."""
+        listed = subprocess.run([BIN / "ray", "list", "nodes", "--format", "json", "--address", self.address],
+                                capture_output=True, env=self.environment, check=True, timeout=DEADLINE)  # fmt: skip
+        (found,) = (node["node_id"] for node in json.loads(listed.stdout) if node["node_ip"] == address)
+        return found
+
+    def start(self, place: Path, recipe: str, store: Path, verb: str = "run", options: Sequence[str] = ()) -> Run:
+        """`orchestrator run`, or another command with its options, on a machine of the cluster."""
+        file = place / "recipe.yaml"
+        file.write_text(recipe, encoding="utf-8")
+        environment = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        command = [BIN / "orchestrator", verb, file, *options, "--store", store, "--json"]
+        with (place / "out").open("wb") as out, (place / "err").open("wb") as err:
+            run = subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=place, start_new_session=True)
+        self.runs.append(Run(run, place))
+        return self.runs[-1]
+
+    def close(self) -> None:
+        for run in self.runs:
+            with contextlib.suppress(ProcessLookupError):
+                run.process.kill()
+            run.process.wait(DEADLINE)
+        super().close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command that runs on the nodes, with its output beside its recipe."""
+
+    process: subprocess.Popen
+    place: Path
+
+    @property
+    def said(self) -> str:
+        """What it wrote for people."""
+        return (self.place / "err").read_text(encoding="utf-8", errors="replace")
+
+    def result(self) -> dict[str, Any]:
+        """What a run that ends well printed for machines."""
+        assert self.process.wait(DEADLINE) == 0, self.said
+        return json.loads((self.place / "out").read_text(encoding="utf-8"))

@@ -1,17 +1,12 @@
 """Workers come and go: batches stay what they were, and training goes on with what is left of a cluster."""
 
-import os
 import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.cluster_utils import Cluster
 
 from methods.base import View
 from orchestrator.cluster.connect import preflight
@@ -22,7 +17,8 @@ from orchestrator.stages.train import LOOK_SECONDS
 from orchestrator.store import Store
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import Stream, make_batch
-from tests.orchestrator.test_faults import ROOT, TWO_WORKERS, Driver
+from tests.orchestrator.ray_nodes import BIN, Watched
+from tests.orchestrator.test_faults import TWO_WORKERS
 
 TEACHER = TWO_WORKERS[: TWO_WORKERS.index("  students:")]
 
@@ -82,58 +78,41 @@ def test_a_batch_that_some_number_of_workers_cannot_share_is_refused_before_anyt
 
 
 @pytest.fixture
-def nodes(monkeypatch):
-    """A cluster of a head without cores and two nodes with one core each, and the folder for moments to wait at."""
-    place = Path(tempfile.mkdtemp(prefix="el", dir="/tmp"))
-    monkeypatch.setenv("HALT_FOLDER", str(place))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-    monkeypatch.setenv("RAY_health_check_period_ms", "1000")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    memory = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, **memory})
-    try:
-        yield cluster, [cluster.add_node(num_cpus=1, **memory) for _ in range(2)], place
-    finally:
-        cluster.shutdown()
+def nodes(tmp_path):
+    """A head without cores and two nodes with one each."""
+    found = Watched(tmp_path, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5")
+    for _ in range(2):
+        found.add()
+    yield found
+    found.close()
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_training_saves_when_a_machine_is_about_to_go_and_goes_on_with_the_one_that_is_left(nodes, tmp_path):
-    cluster, (_, lost), halts = nodes
-    root = tmp_path / "store"
-    run = Driver(
-        tmp_path, TEACHER, "stages.teacher.steps=40",
-        "resources.min_workers=1", "resources.save_seconds=3600", store=root, halt="Supervised 0.25",
-        cluster=cluster.address, halts=halts,
+    root, lost = tmp_path / "store", "127.0.0.3"
+    nodes.ask("Supervised 0.25")
+    options = ("stages.teacher.steps=40", "resources.min_workers=1", "resources.save_seconds=3600")
+    run = nodes.start(tmp_path, TEACHER, root, options=options)
+    nodes.reached(run, processes=2)
+    subprocess.run(
+        [BIN / "ray", "drain-node", "--address", f"127.0.0.1:{nodes.port}", "--node-id", nodes.node_id(lost),
+         "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a higher bid",
+         "--deadline-remaining-seconds", "600"], check=True, capture_output=True, env=nodes.environment,
     )  # fmt: skip
-    try:
-        run.reached(processes=2)
-        program = Path(sys.executable).with_name("ray")
-        subprocess.run(
-            [program, "drain-node", "--address", cluster.address, "--node-id", lost.node_id, "--reason",
-             "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a higher bid", "--deadline-remaining-seconds", "600"],
-            check=True, capture_output=True, env={**os.environ, "RAY_ADDRESS": cluster.address},
-        )  # fmt: skip
-        assert not list(root.glob("work/*/training.pt"))
-        for number in range(11, 39):  # the workers are told within some seconds
-            run.ask(f"Supervised {number / 40:.2f}")
-            run.reached(processes=2)
-            time.sleep(2 * LOOK_SECONDS)
-            if saved := list(root.glob("work/*/training.pt")):
-                break
-        step = training_state.load(saved[0].parent)["step"]
-        assert step in (number - 1, number)
-        cluster.remove_node(lost, allow_graceful=False)
-        run.ask(None)
-        result, said = run.result(), run.output
-    finally:
-        run.close()
-    (stage,) = result["stages"]
+    assert not list(root.glob("work/*/training.pt"))
+    for number in range(11, 39):  # the workers are told within some seconds
+        nodes.ask(f"Supervised {number / 40:.2f}")
+        nodes.reached(run, processes=2)
+        time.sleep(2 * LOOK_SECONDS)
+        if saved := list(root.glob("work/*/training.pt")):
+            break
+    step = training_state.load(saved[0].parent)["step"]
+    assert step in (number - 1, number)
+    nodes.kill(lost)
+    nodes.ask(None)
+    (stage,) = run.result()["stages"]
     checkpoint = Store.open(root).open_artifact(stage["key"])
     assert checkpoint.facts["workers"] == [[0, 2], [step, 1]]
     assert checkpoint.facts["steps"] == 40 and checkpoint.facts["images_seen"] == 320
-    assert f"from step {step} on 1 instead of 2 workers; a batch stays 8" in said
+    assert f"from step {step} on 1 instead of 2 workers; a batch stays 8" in run.said

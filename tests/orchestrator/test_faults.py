@@ -130,10 +130,10 @@ stages:
 class Driver:
     """One `orchestrator run`, or another verb, as a process, and all of its Ray."""
 
-    def __init__(self, place, recipe, *overrides, store, halt=None, inside=(), cluster=None, halts=None, verb="run"):
+    def __init__(self, place, recipe, *overrides, store, halt=None, inside=(), verb="run"):
         self.place = Path(tempfile.mkdtemp(prefix="or", dir="/tmp"))  # Ray's sockets need a short path
-        self.halt = halts or self.place / "halt"
-        self.halt.mkdir(exist_ok=True)
+        self.halt = self.place / "halt"
+        self.halt.mkdir()
         self.ask(halt)
         file = place / "small.yaml"
         file.write_text(recipe, encoding="utf-8")
@@ -147,8 +147,6 @@ class Driver:
         }
         foreign = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_STORE")
         environment = {k: v for k, v in os.environ.items() if k not in foreign} | ours
-        if cluster is not None:
-            environment["RAY_ADDRESS"] = cluster
         with (self.place / "out").open("wb") as out, (self.place / "err").open("wb") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
 

@@ -16,6 +16,7 @@ from orchestrator.run import execute, prepare
 from orchestrator.stages.train import Fit
 from orchestrator.store import Store
 from orchestrator.training import checkpoint as training_state
+from orchestrator.training.loop import make_batch
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +278,11 @@ def test_two_streams_read_the_rows_the_ledger_kept(first):
     labelled, unlabelled = fit.streams({"labelled", "unlabelled"})
     copies = labels.table(["copies"])["copies"].to_pylist()
     assert unlabelled.rows.bincount(minlength=len(copies)).tolist() == copies
-    assert unlabelled.order.batch == 2 * labelled.order.batch and unlabelled.target.shape == (sum(copies), 10)
+    assert unlabelled.order.batch == 2 * labelled.order.batch and unlabelled.target.shape == (len(copies), 10)
+    batch, _ = make_batch((), (labelled, unlabelled), 0, seed=0, device=torch.device("cpu"))
+    rows = unlabelled.rows[batch["unlabelled.index"]].tolist()
+    assert batch["target"].tolist() == [labels.table()["probabilities"][row].as_py() for row in rows]
+    assert batch["label"].tolist() == plan.images["labelled"].label[batch["labelled.index"].numpy()].tolist()
 
 
 def test_an_unwritable_store_is_one_line(small, tmp_path):
