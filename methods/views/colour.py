@@ -27,11 +27,7 @@ _SORTED = tuple(sorted(_ORDERS, key=lambda order: (order.index(HUE), order.index
 _DIGITS = (64, 16, 4, 1)  # an order as a number below 256
 _NUMBERS = tuple(sum(map(operator.mul, order, _DIGITS)) for order in _SORTED)
 _PLACES = tuple(_NUMBERS.index(number) if number in _NUMBERS else 0 for number in range(256))  # of it in _SORTED
-_TENTS = (
-    (3, 1, 1),
-    (2, -2, -1),
-    (4, -2, -1),
-)  # sign · |hue - centre| - least, a channel each; red's is a valley
+_TENTS = ((0, 1), (-1, -1), (1, -1))  # centre and sign of each channel's, half a turn from red; red's is a valley
 _TINY = 1e-12  # a chroma of grey to divide by, far below a float's step at any other
 _RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
@@ -91,7 +87,7 @@ def jitter_exact_(images: Tensor, jitter: Jitter) -> Tensor:
     rows, bounds = grouped(place, len(_SORTED) + 1)
     channel = torch.arange(3, device=images.device)[:, None]
     for first in range(0, len(_SORTED), 6):  # six orders have the hue at the same place
-        for part in chunks(bounds[first], bounds[first + 6], flat.shape[1], images.device):  # planes fit the cache
+        for part in chunks(bounds[first], bounds[first + 6], flat.shape[1] // 2, images.device):  # planes fit the cache
             index = (3 * rows[part] + channel).flatten()  # all reds, all greens, all blues: planes are passed over fast
             x = flat.index_select(0, index).unflatten(0, (3, -1))
             factors = factor[rows[part]]
@@ -100,14 +96,15 @@ def jitter_exact_(images: Tensor, jitter: Jitter) -> Tensor:
                 if _SORTED[first][step] == HUE:
                     turn_hue_(x, factors[:, step])
                     continue
-                bases = []
                 for operation, stretch in _stretches(bounds, first, step, part):
-                    if operation != BRIGHTNESS:  # towards black, which adds nothing
-                        of = x[:, stretch] if operation == SATURATION else x[:, stretch].mean(dim=2, keepdim=True)
-                        bases.append((stretch, _grey(of).mul_(rests[stretch, step, None])))
-                x.mul_(factors[:, step, None])
-                for stretch, base in bases:
-                    x[:, stretch].add_(base)
+                    mine, by, rest = x[:, stretch], factors[stretch, step, None], rests[stretch, step, None]
+                    if operation == BRIGHTNESS:  # towards black, which adds nothing
+                        mine.mul_(by)
+                    elif operation == CONTRAST:
+                        grey = _grey(mine.mean(dim=2, keepdim=True)).mul_(rest)
+                        mine.mul_(by).add_(grey)
+                    else:
+                        torch.addcmul(_grey(mine).mul_(rest), mine, by, out=mine)
                 x.clamp_(0, 1)
             flat.index_copy_(0, index, x.flatten(0, 1))
     grey = jitter.grey.nonzero()[:, 0]
@@ -169,6 +166,7 @@ def turn_hue_(pixels: Tensor, turn: Tensor) -> Tensor:
     A colour with least component m and chroma c is m + c (r, g, b), where one of r, g, b is 1 and another 0. On that
     hexagon its distance from red is 1 + g + b - r sixths of a turn, on the side of the greater of g and b; and the way
     back is m + c · tent(hue), with tents of width 4 around red 0, green 2 and blue 4. No case is needed either way.
+    With t = |hue - centre| held in [1, 2] a tent is 2 - t, and red's, a valley on the other side of the wheel, t - 1.
 
     Args:
         pixels: (3, B, N) float32 in [0, 1], red, green, blue.
@@ -179,13 +177,13 @@ def turn_hue_(pixels: Tensor, turn: Tensor) -> Tensor:
     red, green, blue = pixels.unbind()
     low = torch.minimum(red, green).clamp_(max=blue)
     chroma = torch.maximum(red, green).clamp_(min=blue).sub_(low).add_(_TINY)
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma).add_(1)
+    hue = (green + blue).sub_(red).sub_(low)
+    torch.addcdiv(constant((1.0,), hue.device), hue, chroma, out=hue)
     hue.copysign_(green.sub_(blue)).add_((6 * turn)[:, None])
-    hue.sub_(torch.floor(hue / 6), alpha=6)  # in [0, 6]
-    for channel, (centre, least, sign) in zip(pixels, _TENTS, strict=True):
+    hue.sub_(torch.copysign(constant((3.0,), hue.device), hue))  # in [-3, 3], from the colour opposite to red
+    valley, tent = low - chroma, low.add_(chroma, alpha=2)
+    for channel, (centre, sign) in zip(pixels, _TENTS, strict=True):
         torch.sub(hue, centre, out=channel)
-        channel.abs_()
-        if sign < 0:
-            channel.neg_()
-        channel.sub_(least).clamp_(0, 1).mul_(chroma).add_(low)
+        channel.abs_().clamp_(1, 2)
+        torch.addcmul(valley if sign > 0 else tent, chroma, channel, value=sign, out=channel)
     return pixels

@@ -1,27 +1,27 @@
 """Crops: random resized (Szegedy et al. 2014, arXiv:1409.4842, section 6) and padded (He et al. 2015, arXiv:1512.03385,
 section 4.2).
 
-Crop, resize, mirror and blur of an image are linear and separable, so a random resized crop of a batch is two batched
-matrix products, out = Wy · image · Wxᵀ, with weights per sample. In float32 it equals torchvision's `resized_crop` with
-bilinear interpolation and antialias=True (which acts where a crop shrinks). `grid_sample` would not: it reads past the
-crop's edge and does not average where it shrinks.
+A random resized crop equals torchvision's `resized_crop` with bilinear interpolation and antialias=True. A box that is
+not shrunk is sampled: one pass, which reads nothing past the box's edge since places outside are moved onto it. One
+that is shrunk is averaged, which is linear and separable: two batched matrix products, out = Wy · image · Wxᵀ, with
+weights per sample.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.views.batch import chunks
 from methods.views.draws import Draws
 
 _TRIES = 10  # torchvision's: how many boxes are proposed before the central one is taken
-_BLUR_FLOOR = 2e-11  # smaller weights change no float32 sum, and as denormal numbers would slow the product
+_BLUR_FLOOR = 2e-11  # smaller weights change no float32 sum, and as denormal numbers would slow it
+_LARGE = 4  # times the result's pixels: a source with more is cut to its boxes before it is read
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,7 @@ class Triangles:
         """Of the stretch from `start`, `length` long, both (B,) in pixels, of a line of `source` pixels, resized to
         `pixels`; backwards where `mirror` (B,) is true."""
         start, length = start[:, None], length[:, None]
-        place = torch.arange(pixels, dtype=torch.float32, device=start.device)
-        if mirror is not None:
-            place = torch.where(mirror[:, None], pixels - 1 - place, place)
-        centre = start + (place + 0.5) * (length / pixels) - 0.5
+        centre = start + (_line(pixels, mirror, start.device) + 0.5) * (length / pixels) - 0.5
         position = torch.arange(source, dtype=torch.float32, device=start.device)
         outside = (position < start) | (position >= start + length)
         half = (length / pixels).clamp(min=1)
@@ -111,30 +108,42 @@ def blur_radius(pixels: int) -> int:
     return pixels // 10 // 2
 
 
-@lru_cache(maxsize=8)
-def _blur_taps(pixels: int, device: torch.device) -> Tensor:
-    """(2 radius + 1, pixels²): tap d adds input pixel reflect(i + d) to output pixel i."""
-    radius = blur_radius(pixels)
-    offset = torch.arange(-radius, radius + 1, device=device)
-    source = (torch.arange(pixels, device=device)[None] + offset[:, None]).abs()
-    source = (pixels - 1) - ((pixels - 1) - source).abs()
-    return torch.nn.functional.one_hot(source, pixels).to(torch.float32).flatten(1)
-
-
 def blur_weights(sigma: Tensor, pixels: int) -> Tensor:
-    """Gaussian blur of a line with reflected ends, as torchvision's `gaussian_blur` with SimCLR's kernel size.
+    """SimCLR's kernel, (B, radius + 1): the weight of the middle, and of the pixels at each distance on both sides.
 
     Args:
         sigma: (B,) standard deviation in output pixels, > 0.
-    Returns:
-        (B, pixels, pixels) float32; each row sums to 1.
     """
-    radius = blur_radius(pixels)
-    offset = torch.arange(-radius, radius + 1, dtype=torch.float32, device=sigma.device)
-    taps = torch.exp(-0.5 * (offset / sigma[:, None]).square())
-    taps = torch.where(taps > _BLUR_FLOOR, taps, 0)
-    taps = taps / taps.sum(dim=1, keepdim=True)
-    return (taps @ _blur_taps(pixels, sigma.device)).unflatten(1, (pixels, pixels))
+    offset = torch.arange(blur_radius(pixels) + 1, dtype=torch.float32, device=sigma.device)
+    weights = torch.exp(-0.5 * (offset / sigma[:, None]).square())
+    weights = torch.where(weights > _BLUR_FLOOR, weights, 0)
+    return weights / (2 * weights.sum(dim=1, keepdim=True) - weights[:, :1])
+
+
+def blur_(views: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with reflected edges in place, as torchvision's `gaussian_blur` with SimCLR's kernel size.
+
+    Args:
+        views: (B, 3, pixels, pixels) float32 in [0, 1].
+        sigma: (B,) standard deviation in pixels; 0 leaves a row sharp.
+    """
+    pixels = views.shape[3]
+    order = sigma.argsort()  # a chunk needs no more pixels than its widest blur
+    rows = order[(sigma > 0).logical_not().sum() :]
+    weights = blur_weights(sigma[rows], pixels)
+    reach = (weights > 0).sum(dim=1).tolist()
+    for part in chunks(0, len(rows), pixels * pixels, views.device):
+        row, weight = rows[part], weights[part].T[..., None, None, None]
+        radius = reach[part][-1] - 1
+        view = views.index_select(0, row)
+        for axis, sides in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+            padded = F.pad(view, sides, mode="reflect")
+            view = padded.narrow(axis, radius, pixels) * weight[0]
+            for offset in range(1, radius + 1):
+                both = padded.narrow(axis, radius - offset, pixels) + padded.narrow(axis, radius + offset, pixels)
+                view.addcmul_(both, weight[offset])
+        views.index_copy_(0, row, view.clamp_(max=1))  # weights sum to 1 only up to rounding
+    return views
 
 
 def crop_resize(
@@ -149,34 +158,76 @@ def crop_resize(
     Returns:
         (B, 3, pixels, pixels) float32 in [0, 1].
     """
+    height, width = images.shape[2:]
+    if height * width > _LARGE * pixels * pixels:
+        views = _averaged(images, boxes, pixels, mirror)
+    elif max(height, width) <= pixels:
+        views = _sampled(images, boxes, pixels, mirror)
+    else:
+        views = torch.empty(len(images), 3, pixels, pixels, device=images.device)
+        shrinks = (boxes.height > pixels) | (boxes.width > pixels)
+        for resized, mine in ((_averaged, shrinks), (_sampled, ~shrinks)):
+            rows = mine.nonzero()[:, 0]
+            if len(rows):
+                own = Boxes(boxes.top[rows], boxes.left[rows], boxes.height[rows], boxes.width[rows])
+                views[rows] = resized(images[rows], own, pixels, None if mirror is None else mirror[rows])
+    return views if sigma is None else blur_(views, sigma)
+
+
+def _sampled(images: Tensor, boxes: Boxes, pixels: int, mirror: Tensor | None) -> Tensor:
+    """`crop_resize` of boxes that do not shrink."""
+    count, _, height, width = images.shape
+    # a float holds the places of whole pixels exactly if the side is a power of two, so edges stay where they are
+    tall, wide = 1 << (height - 1).bit_length(), 1 << (width - 1).bit_length()
+    down = (_places(boxes.top, boxes.height, pixels) * 2 + 1) / tall - 1
+    across = (_places(boxes.left, boxes.width, pixels, mirror) * 2 + 1) / wide - 1
+    out = torch.empty(count, 3, pixels, pixels, device=images.device)
+    parts = list(chunks(0, count, max(tall * wide, pixels * pixels), images.device))
+    source = torch.zeros(parts[0].stop, 3, tall, wide, device=images.device)  # no NaN beside an edge, even times 0
+    for part in parts:
+        number = part.stop - part.start
+        torch.div(images[part], 255, out=source[:number, :, :height, :width])
+        grid = torch.view_as_real(torch.complex(across[part, None], down[part, :, None]))  # pairs, faster than a stack
+        view = F.grid_sample(source[:number], grid, align_corners=False)
+        torch.clamp(view, max=1, out=out[part])  # weights sum to 1 only up to rounding
+    return out
+
+
+def _places(start: Tensor, length: Tensor, pixels: int, mirror: Tensor | None = None) -> Tensor:
+    """(B, pixels) float32: where in a line the output pixels of a stretch lie, in source pixels, none outside of it."""
+    start, length = start[:, None], length[:, None]
+    centre = start + (_line(pixels, mirror, start.device) + 0.5) * (length / pixels) - 0.5
+    return torch.minimum(torch.maximum(centre, start), start + length - 1)
+
+
+def _line(pixels: int, mirror: Tensor | None, device: torch.device) -> Tensor:
+    """0 .. pixels - 1 as float32, backwards in the rows where `mirror` (B,) is true: (pixels,) or (B, pixels)."""
+    place = torch.arange(pixels, dtype=torch.float32, device=device)
+    return place if mirror is None else torch.where(mirror[:, None], pixels - 1 - place, place)
+
+
+def _averaged(images: Tensor, boxes: Boxes, pixels: int, mirror: Tensor | None) -> Tensor:
+    """`crop_resize` of any boxes, of which only what they hold is read."""
     count, _, height, width = images.shape
     device = images.device
     down = Triangles.of(boxes.top, boxes.height, height, pixels)
     across = Triangles.of(boxes.left, boxes.width, width, pixels, mirror)
-    # sharp ones first, then by height, so that a chunk's products run over little more than its boxes
-    key = boxes.height if sigma is None else boxes.height + (height + 1) * (sigma > 0)
-    key, order = key.sort()
+    order = boxes.height.argsort()  # so that a chunk's products run over little more than its boxes
     tall, wide = torch.stack([boxes.height, boxes.width])[:, order].int().tolist()
-    sharp = count if sigma is None else bisect.bisect(key.tolist(), height)
     out = torch.empty(count, 3, pixels, pixels, device=device)
     source = images.flatten()
-    elements = 3 * max(height, pixels) * max(width, pixels)
-    for begin, end in ((0, sharp), (sharp, count)):
-        for part in chunks(begin, end, elements, device):
-            row, tallest, widest = order[part], max(tall[part]), max(wide[part])
-            top = boxes.top[row].long().clamp_(max=height - tallest)
-            left = boxes.left[row].long().clamp_(max=width - widest)
-            vertical, horizontal = down.weights(row, top, tallest), across.weights(row, left, widest)
-            if sigma is not None and begin == sharp:
-                kernel = blur_weights(sigma[row], pixels)
-                vertical, horizontal = kernel @ vertical, kernel @ horizontal
-            vertical.div_(255)  # 0 .. 255 to [0, 1], in the smallest factor
-            line = 3 * row[:, None] + torch.arange(3, device=device)
-            line = (line * height + top[:, None])[..., None] + torch.arange(tallest, device=device)
-            box = stretches(source, (line * width + left[:, None, None]).flatten(), widest)
-            rows = torch.bmm(box.to(torch.float32).view(len(row), -1, widest), horizontal.transpose(1, 2))
-            view = torch.matmul(vertical[:, None], rows.unflatten(1, (3, tallest)))
-            out.index_copy_(0, row, view.clamp_(0, 1))  # weights sum to 1 only up to rounding
+    for part in chunks(0, count, 3 * max(height, pixels) * max(width, pixels), device):
+        row, tallest, widest = order[part], max(tall[part]), max(wide[part])
+        top = boxes.top[row].long().clamp_(max=height - tallest)
+        left = boxes.left[row].long().clamp_(max=width - widest)
+        vertical, horizontal = down.weights(row, top, tallest), across.weights(row, left, widest)
+        vertical.div_(255)  # 0 .. 255 to [0, 1], in the smallest factor
+        line = 3 * row[:, None] + torch.arange(3, device=device)
+        line = (line * height + top[:, None])[..., None] + torch.arange(tallest, device=device)
+        box = stretches(source, (line * width + left[:, None, None]).flatten(), widest)
+        rows = torch.bmm(box.to(torch.float32).view(len(row), -1, widest), horizontal.transpose(1, 2))
+        view = torch.matmul(vertical[:, None], rows.unflatten(1, (3, tallest)))
+        out.index_copy_(0, row, view.clamp_(0, 1))  # weights sum to 1 only up to rounding
     return out
 
 
