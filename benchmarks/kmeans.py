@@ -1,6 +1,6 @@
 """Seconds and inertia of k-means: `methods.clustering` beside scikit-learn's and faiss's, on the same rows.
 
-    python -m benchmarks.kmeans [--clusters K ...] [--iterations N] [--rounds N] [--threads N] [--json FILE]
+    python -m benchmarks.kmeans [--clusters K ...] [--iterations N] [--rounds N] [--only NAME ...] [--json FILE]
 
 One start, seeds included, and exactly as many iterations for all: scikit-learn's Lloyd with its greedy k-means++ and no
 tolerance, faiss's Kmeans with its random seeds and no subsampling (as it is, it takes 256 rows a centroid). The inertia
@@ -43,11 +43,15 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=25, help="of each contestant (default 25)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is reported (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="of each contestant (default 1)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only ours and those so called")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = features(options.rows, options.dim)
     runs, missing = contestants(rows, options.iterations, options.threads)
+    if unknown := set(options.only) - runs.keys():
+        parser.error(f"--only {', '.join(sorted(unknown))}: contestants are {', '.join(runs)}")
+    runs = {name: run for name, run in runs.items() if not options.only or name in options.only or "ours" in name}
     print(f"{options.rows:,} x {options.dim}, {options.iterations} iterations, {options.rounds} rounds; CPU time,")
     print(f"threads: {options.threads} of {platform.processor() or platform.machine()}, torch {torch.__version__}")
     for line in missing:

@@ -121,13 +121,14 @@ def nearest(rows: Tensor, centroids: Tensor, *, low: bool = False) -> tuple[Tens
     rows, centroids = rows.float(), centroids.float()
     exact = centroids.double()
     half = exact.square().sum(dim=1) / 2  # |x - c|² / 2 is this - x·c, up to what all centroids share
-    narrow, wide = centroids.bfloat16().T, half.float()
+    narrow, wide, coarse = centroids.bfloat16().T, half.float(), half.bfloat16()
     reach = float(half.max().mul(2).sqrt())  # |c| at most
     slack = 2 * (rows.shape[1] + 4) * torch.finfo(torch.float32).eps / 2  # of two rounded scores, relative
     labels, distances = [], []
     for part in rows.split(_chunk(rows.device, len(centroids))):
         if low:
-            label = (wide - part.bfloat16() @ narrow).argmin(dim=1)
+            score = torch.addmm(coarse, part.bfloat16(), narrow, alpha=-1)
+            label = score.min(dim=1).indices  # argmin takes four times as long
         else:
             score = torch.addmm(wide, part, centroids.T, alpha=-1)
             least, label = score.min(dim=1)
