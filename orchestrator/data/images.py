@@ -17,7 +17,8 @@ from torch import Tensor
 
 from orchestrator.data.catalogue import Catalogue, open_catalogue
 from orchestrator.data.decode import DECODE_VERSION, BadImage, open_rgb, square
-from orchestrator.data.sources import Listing, no_labels
+from orchestrator.data.labels import no_labels
+from orchestrator.data.sources import Listing
 from orchestrator.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ import torch
 from methods.views.draws import mix
 from orchestrator.data.catalogue import STREAM_BYTES, Catalogue, copy_bytes, open_catalogue
 from orchestrator.data.images import Images
-from orchestrator.data.sources import SEPARATORS, WHOLE, Listing, natural, open_source
+from orchestrator.data.labels import SEPARATORS, WHOLE, natural
+from orchestrator.data.sources import Listing, open_source
 from orchestrator.errors import UserError, nearest
 
 PROTECTED = ("test", "holdout")  # their images are in no other split

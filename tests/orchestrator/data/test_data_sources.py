@@ -11,7 +11,8 @@ from data_images import class_folders, encoded, flat_folder, hugging_face, pixel
 from PIL import Image
 
 from orchestrator.data.decode import BadImage, decode_rgb
-from orchestrator.data.sources import Listing, natural, open_source, parts_of
+from orchestrator.data.labels import natural
+from orchestrator.data.sources import Listing, open_source, parts_of
 from orchestrator.errors import UserError
 
 
