@@ -54,10 +54,10 @@ from orchestrator.display import status_rows
 from orchestrator.pipeline import Setting, run_plan
 from orchestrator.plan import units
 from orchestrator.recipe import Resources, parse
+from orchestrator.records import Recorder
 from orchestrator.run import execute, prepare
 from orchestrator.stage import Stage
 from orchestrator.stages.pseudo_label import PseudoLabel
-from orchestrator.tracking import Recorder
 from orchestrator.training.loop import Stream, make_batch, train_steps
 from orchestrator.training.optim import Optim
 from orchestrator.training.precision import auto_precision

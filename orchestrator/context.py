@@ -37,7 +37,7 @@ class Interrupted(Exception):
 
 
 class Recorder(Protocol):
-    """What a stage needs of tracking: see orchestrator.tracking.Recorder."""
+    """What a stage needs of tracking: see orchestrator.records.Recorder."""
 
     def metrics(self, run: str, values: dict[str, float], step: int) -> None: ...
 

@@ -25,9 +25,9 @@ from orchestrator.data.images import Images
 from orchestrator.errors import UserError
 from orchestrator.plan import Plan, Planned, Unit, units
 from orchestrator.recipe import Resources
+from orchestrator.records import Recorder
 from orchestrator.stage import StopRound, inputs_of
 from orchestrator.store import Store, replace_file
-from orchestrator.tracking import Recorder
 
 PIPELINE = "run"  # the tracking run above all others of a run
 PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow")

@@ -23,12 +23,13 @@ from orchestrator.data.splits import Data, open_data
 from orchestrator.pipeline import PIPELINE, Outcome, Setting, run_plan, threads_of
 from orchestrator.plan import Plan, make_plan
 from orchestrator.recipe import Recipe, report
+from orchestrator.records import Recorder, Status
 from orchestrator.report.html import write_report
 from orchestrator.runs import read_head, read_outcomes, update_head
 from orchestrator.stages.judge import combine
 from orchestrator.stages.train import Train
 from orchestrator.store import Store, replace_file
-from orchestrator.tracking import Recorder, Sender, Status, tracking_uri
+from orchestrator.tracking import Sender, tracking_uri
 
 SEND_SECONDS = 20.0  # how long the end of a run waits for the tracking server
 

@@ -1,10 +1,9 @@
-"""Tracking: records beside the run first, MLflow second, so that a dead server slows nothing and loses nothing.
+"""MLflow: what a run recorded is sent there beside the run, so that a dead server slows nothing and loses nothing.
 
-Whoever runs a stage appends to `records.jsonl` in the run's folder through a `Recorder`, which knows nothing of MLflow.
-A `Sender`, one daemon thread in the driver, tails that file and sends what is new in batches; `mlflow.json` beside it
-says how far it got. Every step is safe to repeat: MLflow runs carry the identity of the record that started them, and a
-metric sent twice is one row, because its time is part of the record (measured on MLflow 3.17 with SQLite). So an
-outage, a kill or a later `send_all` ends with each record in MLflow once.
+A `Sender`, one daemon thread in the driver, tails the run's `records.jsonl` (`orchestrator.records`) and sends what is
+new in batches; `mlflow.json` beside it says how far it got. Every step is safe to repeat: MLflow runs carry the
+identity of the record that started them, and a metric sent twice is one row, because its time is part of the record
+(measured on MLflow 3.17 with SQLite). So an outage, a kill or a later `send_all` ends with each record in MLflow once.
 
 This is the only module that imports mlflow, and only inside the sender: the import costs over a second.
 """
@@ -17,7 +16,6 @@ import importlib.metadata
 import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -30,14 +28,14 @@ import tempfile
 import threading
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.records import RECORDS, read_records
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,15 +43,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 LoadModel = Callable[[str], "tuple[nn.Module, np.ndarray]"]
 
-RECORDS = "records.jsonl"
 PROGRESS = "mlflow.json"
 _ARTIFACTS = "mlflow-artifacts"  # folder beside a local database
 
-_BUFFERED_SECONDS = 1.0  # metrics written at most this often ...
-_BUFFERED_VALUES = 1000  # ... or in this many values
 _POLL_SECONDS = 0.5
 _FIRST_PAUSE_SECONDS = 1.0  # after an outage; doubles up to the longest
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -65,146 +59,6 @@ _TAG_CHARACTERS = 8000
 _DIGEST_CHARACTERS = 36
 _RUN_TAG = "orchestrator.run"  # identity of the record that started the run: what makes sending again harmless
 _MODEL_TAG = "orchestrator.model"  # key of the artifact the model was made of
-
-
-# Records -------------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Appends a run's records to `<folder>/records.jsonl`: no server, no mlflow, no thread. Pickles as its path.
-
-    Several recorders, in several processes of one machine, may append to one file: each write is one `O_APPEND` write
-    of whole lines. A network file system gives no such promise: workers of other machines report to the driver.
-
-    Args:
-        folder: the run's folder; made when missing.
-    Raises:
-        OSError: from any call that writes, when the disk does not take it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._lines: list[bytes] = []
-        self._values = 0
-        self._last_write = -math.inf
-        self._clean = False  # whether the file is known to end in a newline
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Recorder, (self.folder,)
-
-    def start(
-        self, run: str, *, parent: str | None, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
-    ) -> None:
-        """Begin a run, or resume it when it was started before: new parameters are added, changed ones become tags.
-
-        Args:
-            run: our name of the run, unique in this folder; the other calls refer to it.
-            parent: the run it belongs under (stage under pipeline, round under stage), or None.
-            name: what MLflow shows.
-        """
-        self._append("start", run, id=uuid.uuid4().hex, parent=parent, name=name, tags=dict(tags), params=dict(params))
-
-    def metrics(self, run: str, values: Mapping[str, float], step: int) -> None:
-        """Record `values` at `step`. Buffered: a burst is written at most every second or every 1000 values."""
-        plain = {key: _json_number(float(value)) for key, value in values.items()}
-        line = _line("metrics", run, step=int(step), values=plain)
-        with self._lock:
-            self._lines.append(line)
-            self._values += len(plain)
-            if self._values >= _BUFFERED_VALUES or time.monotonic() - self._last_write >= _BUFFERED_SECONDS:
-                self._write()
-
-    def tags(self, run: str, tags: Mapping[str, str]) -> None:
-        """Set tags: lineage, verdicts, whatever may change."""
-        self._append("tags", run, tags=dict(tags))
-
-    def artifact(self, run: str, path: Path, name: str) -> None:
-        """Attach the file or folder `path`, relative to the run's folder or absolute, under the name `name`."""
-        self._append("artifact", run, path=os.path.relpath(self.folder / path, self.folder), name=name)
-
-    def model(self, run: str, *, key: str, registered_name: str, alias: str) -> None:
-        """Register the model of artifact `key` as a version of `registered_name` and point `alias` at it.
-
-        MLflow keeps the alias "latest" for itself; a slash or a colon in the name becomes a dash.
-        """
-        self._append("model", run, key=key, name=registered_name, alias=alias)
-
-    def data(self, run: str, name: str, digest: str, source: str, context: str) -> None:
-        """Say what the run read: a data set's name, fingerprint, place, and role such as "training"."""
-        self._append("data", run, name=name, digest=digest, source=source, context=context)
-
-    def end(self, run: str, status: Status) -> None:
-        """End a run. A later `start` resumes it."""
-        self._append("end", run, status=status)
-
-    def flush(self) -> None:
-        """Write what is buffered."""
-        with self._lock:
-            self._write()
-
-    def close(self) -> None:
-        """The same as `flush`: nothing is held open between writes."""
-        self.flush()
-
-    def _append(self, kind: str, run: str, **fields: Any) -> None:
-        with self._lock:
-            self._lines.append(_line(kind, run, **fields))
-            self._write()
-
-    def _write(self) -> None:
-        if not self._lines:
-            return
-        # A process killed in the middle of a write leaves half a line; the newline keeps the next record out of it.
-        data = (b"" if self._clean else b"\n") + b"".join(self._lines)
-        self._clean = False
-        descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            written = os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
-        if written < len(data):
-            # All lines stay buffered: one that was written twice is sent once, by its time and identity.
-            raise OSError(f"{self.folder / RECORDS}: {written} of {len(data)} bytes written; is the disk full?")
-        self._clean = True
-        self._lines.clear()
-        self._values = 0
-        self._last_write = time.monotonic()
-
-
-def read_records(folder: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Every whole record from byte `offset` on, each with the offset to go on from after it.
-
-    A last line without its newline is still being written, or was torn by a crash: it is left for a later call. A line
-    that is no record, which is what a torn one becomes once somebody appends, is passed over.
-    """
-    try:
-        file = open(Path(folder) / RECORDS, "rb")
-    except FileNotFoundError:
-        return
-    with file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("run"), str) and isinstance(record.get("kind"), str):
-                yield record, offset
-
-
-def _line(kind: str, run: str, **fields: Any) -> bytes:
-    record = {"kind": kind, "run": run, "time": int(time.time() * 1000), **fields}
-    return json.dumps(record, default=str).encode("ascii") + b"\n"
-
-
-def _json_number(value: float) -> float | str:
-    """JSON has no NaN and no infinity: they are written as the words that `float` reads back."""
-    return value if math.isfinite(value) else str(value)
 
 
 # Where to ------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline import Outcome, Setting, run_unit, threads_of
 from orchestrator.plan import Plan, Unit, units
 from orchestrator.recipe import Resources, parse
+from orchestrator.records import Recorder
 from orchestrator.run import prepare
 from orchestrator.runs import read_outcomes
 from orchestrator.store import Store
-from orchestrator.tracking import Recorder
 
 POLL_SECONDS = 0.5
 

@@ -26,6 +26,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline import PIPELINE, Outcome, Setting, cores, run_plan
 from orchestrator.plan import Plan, make_plan
 from orchestrator.recipe import Recipe, Resources, parse, report
+from orchestrator.records import Recorder, Status
 from orchestrator.report.html import write_report
 from orchestrator.run import SEND_SECONDS, batches_of, load_for_registry
 from orchestrator.runs import read_head, update_head
@@ -54,7 +55,7 @@ from orchestrator.search.trials import (
     trial_file,
 )
 from orchestrator.store import Store, replace_file
-from orchestrator.tracking import Recorder, Sender, Status, tracking_uri
+from orchestrator.tracking import Sender, tracking_uri
 from orchestrator.training.health import LOOKS
 
 ENOUGH = 200  # held-out images below which a person is told how little they tell

@@ -12,6 +12,7 @@ from orchestrator.cli import app
 from orchestrator.context import Interrupted
 from orchestrator.errors import UserError
 from orchestrator.recipe import Resources, load, parse
+from orchestrator.records import read_records
 from orchestrator.report.html import write_report
 from orchestrator.runs import read_head
 from orchestrator.search.question import Budget, Metric, listed_points, make_search, needed, read_budget
@@ -26,7 +27,6 @@ from orchestrator.search.trials import (
     trial_file,
 )
 from orchestrator.store import Store
-from orchestrator.tracking import read_records
 from tests.orchestrator.test_faults import Driver, eventually, finished, waiting
 
 SEARCHED = """

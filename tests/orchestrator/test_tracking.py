@@ -24,9 +24,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from torch import nn
 
-from orchestrator import tracking
+from orchestrator import records, tracking
 from orchestrator.errors import UserError
-from orchestrator.tracking import Recorder, Sender, check_uri, read_records, send_all, serve, tracking_uri
+from orchestrator.records import Recorder, read_records
+from orchestrator.tracking import Sender, check_uri, send_all, serve, tracking_uri
 
 ROOT = Path(__file__).parents[2]
 
@@ -385,7 +386,8 @@ def test_a_server_that_never_answers_blocks_nothing(tmp_path):
 SENDING = """
 import sys, time
 from pathlib import Path
-from orchestrator.tracking import Recorder, Sender
+from orchestrator.records import Recorder
+from orchestrator.tracking import Sender
 folder = Path(sys.argv[1])
 recorder = Recorder(folder)
 sender = Sender(folder, uri=sys.argv[2], experiment="test")
@@ -550,7 +552,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 def test_a_burst_of_metrics_is_written_in_few_writes_and_lost_by_no_later_call(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(records.time, "monotonic", lambda: now[0])
     recorder = Recorder(tmp_path)
     written = []
     for step in range(1100):
@@ -573,7 +575,7 @@ def test_a_full_disk_is_said_and_a_later_write_keeps_the_records(tmp_path, monke
     recorder.tags("a", {"n": "1"})
     real = os.write
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.os, "write", lambda descriptor, data: real(descriptor, data[:20]))
+        patch.setattr(records.os, "write", lambda descriptor, data: real(descriptor, data[:20]))
         with pytest.raises(OSError, match=r"20 of \d+ bytes written; is the disk full"):
             recorder.tags("a", {"n": "2"})
     recorder.tags("a", {"n": "3"})
@@ -633,7 +635,8 @@ def test_recording_and_importing_need_no_mlflow(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from orchestrator.tracking import Recorder, Sender, tracking_uri
+from orchestrator.records import Recorder
+from orchestrator.tracking import Sender, tracking_uri
 recorder = Recorder(Path(sys.argv[1]))
 recorder.start("a", parent=None, name="a", tags={}, params={})
 recorder.metrics("a", {"loss": 1}, 0)
