@@ -31,6 +31,10 @@ class MethodConfig:
             if not 0 <= value < 1:
                 raise ValueError(f"{name} = {value}: must be in [0, 1)")
 
+    def advice(self, steps: int) -> str | None:
+        """What a person should know before a training of so many steps: a default that suits only much longer ones."""
+        return None
+
 
 @dataclass(frozen=True)
 class View:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from methods.precision import full_precision
 
 NormFrom = Literal["labelled", "all"]
+RAMP_STEPS = 100  # in fewer a network learns next to nothing
 
 
 def together(network: Callable[[Tensor], Tensor], *streams: Tensor) -> tuple[Tensor, ...]:
@@ -102,6 +103,17 @@ def consistency(
         case "cross_entropy":
             each = F.cross_entropy(logits, target, reduction="none")
     return (each if mask is None else each * mask.detach()).mean()
+
+
+def early_ramp(ramp: float, steps: int) -> str | None:
+    """Advice against a `ramp`, a share of training, that is over before the network knows anything. 0 is a choice."""
+    over = round(ramp * steps)
+    if ramp == 0 or over >= RAMP_STEPS:
+        return None
+    return (
+        f"ramp = {ramp:g} of {steps:,} steps is over after {over}, and guesses of a network that knows nothing yet may "
+        "let one class swallow the others; in short runs give 0.4 to 1"
+    )
 
 
 def linear_ramp(progress: float, share: float) -> float:

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods.base import Batch, Losses, Method, MethodConfig, View
-from methods.consistency import acceptance, consistency, linear_ramp, norm_statistics_kept, sharpen, together
+from methods.consistency import (
+    acceptance,
+    consistency,
+    early_ramp,
+    linear_ramp,
+    norm_statistics_kept,
+    sharpen,
+    together,
+)
 from methods.encoders import Encoder
 from methods.heads import classifier
 from methods.losses.cross_entropy import cross_entropy
@@ -37,6 +45,9 @@ class MixMatchConfig(MethodConfig):
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp = {self.ramp}: must be in [0, 1], a share of training; 0 is full weight throughout")
         self.check_fractions("dropout")
+
+    def advice(self, steps: int) -> str | None:
+        return early_ramp(self.ramp, steps)
 
 
 class MixMatch(Method):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from methods.base import Batch, Losses, Method, MethodConfig, View
 from methods.collectives import all_reduce, workers
-from methods.consistency import acceptance, linear_ramp, norm_statistics_kept, sharpen, together
+from methods.consistency import acceptance, early_ramp, linear_ramp, norm_statistics_kept, sharpen, together
 from methods.encoders import Encoder
 from methods.heads import classifier
 from methods.losses.cross_entropy import cross_entropy
@@ -62,6 +62,9 @@ class ReMixMatchConfig(MethodConfig):
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp = {self.ramp}: must be in [0, 1], a share of training; 0 is full weight throughout")
         self.check_fractions("dropout")
+
+    def advice(self, steps: int) -> str | None:
+        return early_ramp(self.ramp, steps)
 
 
 class ReMixMatch(Method):

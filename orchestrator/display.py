@@ -71,12 +71,13 @@ class Display:
             self.line(f"  {text}")
         if prepared.data[0].quarantine:
             self.line(f"  the left-out files with their reasons: {prepared.folder / 'data.json'}")
-        told: dict[str, list[str]] = {}
-        for stage in prepared.plans[0].stages:  # of every seed the same
-            if "bookkeeping" in stage.work and not prepared.store.has(stage.key):
-                told.setdefault(stage.work["bookkeeping"], []).append(stage.name)
-        for text, names in told.items():
-            self.line(f"  {', '.join(names)}: {text}")
+        for kind, say in (("bookkeeping", lambda text: self.line(f"  {text}")), ("advice", self.notice)):
+            told: dict[str, list[str]] = {}
+            for stage in prepared.plans[0].stages:  # of every seed the same
+                if kind in stage.work and not prepared.store.has(stage.key):
+                    told.setdefault(stage.work[kind], []).append(stage.name)
+            for text, names in told.items():
+                say(f"{', '.join(names)}: {text}")
 
     def notice(self, text: str) -> None:
         """Something a person should know while it runs."""

@@ -222,8 +222,9 @@ class Train(Stage):
         sizes = self._sizes(streams)
         rows = {key: sum(len(i) for i in wiring.images.get(key, ())) for key in sizes if key in wiring.images}
         steps = self._steps(rows, sizes)
+        advice = self.method.config.advice(steps)
         return {
-            "steps": steps, "images": steps * sum(sizes[key] for key in rows),
+            **({"advice": advice} if advice else {}), "steps": steps, "images": steps * sum(sizes[key] for key in rows),
             "bookkeeping": bookkeeping(steps, rows, sizes),
             "parameters": sum(p.numel() for p in method.parameters()),
             "passes": {key: round(steps * sizes[key] / max(1, n), 1) for key, n in rows.items()},

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from methods.consistency import consistency
+from methods.consistency import consistency, early_ramp
 from methods.losses.cross_entropy import cross_entropy
 from methods.mixmatch import MixMatch, MixMatchConfig, guess_labels
 from methods.mixup import mix_up, pool_draws
@@ -107,6 +107,15 @@ def test_the_weight_rises_over_a_share_of_training_and_then_stays():
         found = method(batch, progress)
         weight = (found["loss"] - found["labelled_loss"]) / found["unlabelled_loss"]
         assert weight.item() == pytest.approx(75 * share, abs=1e-6)
+
+
+@pytest.mark.parametrize("ramp, steps, over", [
+    (1 / 64, 2500, "after 39"), (1 / 64, 6400, None), (1 / 64, 6335, "after 99"), (0.4, 250, None), (0.0, 10, None),
+])  # fmt: skip
+def test_a_ramp_over_within_a_hundred_steps_is_advised_against(ramp, steps, over):
+    told = early_ramp(ramp, steps)
+    assert told is None if over is None else over in told
+    assert MixMatchConfig(ramp=ramp).advice(steps) == told
 
 
 def test_two_views_of_an_image_differ():

@@ -186,6 +186,17 @@ def test_how_often_each_image_will_be_seen_is_told_before_anything_runs(orchestr
     ]  # what is stored already is not told
 
 
+def test_a_ramp_that_is_over_before_the_network_knows_anything_is_told_before_anything_runs(orchestrator, world):
+    student = "stages.students.stages.student"
+    mixed = [f"{student}.method={{use: methods.mixmatch.MixMatch}}", f"{student}.inputs.labels=null"]
+    _, out, err = orchestrator("plan", *world.arguments, *mixed, "--store", world.store)
+    assert not err
+    told = "! students.0.student, students.1.student: ramp = 0.015625 of 8 steps is over after 0"
+    assert told in " ".join(out.split())
+    _, out, _ = orchestrator("plan", *world.arguments, *mixed, f"{student}.method.ramp=0", "--store", world.store)
+    assert "ramp =" not in out
+
+
 def test_plan_trains_nothing(orchestrator, world, tmp_path):
     code, out, _ = orchestrator("plan", *world.arguments, "--store", tmp_path / "new")
     assert code == 0 and "pretrain" in out and "to run" in out
