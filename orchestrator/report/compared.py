@@ -11,9 +11,11 @@ from orchestrator.report.content import INTERVAL, Figure, Section, Table, Text, 
 from orchestrator.report.judgement import t_interval
 from orchestrator.report.reading import RunFacts
 
+FEATURES = "Which method's features are best?"
+
 
 def comparison(run: RunFacts) -> Section | None:
-    """Which method's features are best?"""
+    """Which method is best?"""
     seeds = [
         (stage.artifact.facts, {s.key: s.name for s in stages})
         for stages in run.seeds.values() for stage in stages if isinstance(stage.artifact, Scored)
@@ -21,7 +23,8 @@ def comparison(run: RunFacts) -> Section | None:
     if not seeds:
         return None
     found = combine(seeds)
-    section = Section("comparison", "Comparison", "Which method's features are best?")
+    asked = "Which method tells the classes apart best?" if found.protocol == "classifier" else FEATURES
+    section = Section("comparison", "Comparison", asked)
     missing = len(run.seeds) - found.seeds
     if missing:
         section.blocks.append(Text(f"{missing} of {len(run.seeds)} seeds are not finished yet.", "note"))

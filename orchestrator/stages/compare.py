@@ -1,4 +1,4 @@
-"""Which method's features are best? Scores of many models under one protocol, beside the two anchors."""
+"""Which method is best? Scores of many models under one protocol, beside the two anchors."""
 
 from __future__ import annotations
 
