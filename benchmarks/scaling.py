@@ -267,7 +267,8 @@ def sizes(folder: Path, images: Images, records: str, scale: Scale) -> Iterator[
     yield "memory of a scan, at most", scanning, "bytes an image"
     yield "memory to open the data once more, at most", opening, "bytes an image"
     for classes in (10, 1000):
-        place, count = folder / f"ledger-{classes}", scale.rows * 10 // classes + scale.rows // 10
+        count = scale.rows * max(1, 100 // classes)  # so many that the process itself hardly counts
+        place = folder / f"ledger-{classes}"
         place.mkdir()
         used = peak(functools.partial(ledger, place, count, classes))
         size = (place / "labels.parquet").stat().st_size

@@ -81,7 +81,8 @@ class Method(nn.Module, ABC):
     `progress` is the share of training done, in [0, 1). A batch maps each view's name to (B, 3, H, W), and for each
     stream brings "<stream>.index" (B,) int64, and "<stream>.key" (B,) int64, of `Draws(key)`: what a method draws for
     an image, such as a permutation, it draws from these. A labelled stream brings "label", (B,) int64; a teacher's
-    labels come as "target", (B, K) float32 rows that sum to 1.
+    labels come as "target": where the configuration's `soft` is true (B, K) float32 rows that sum to 1, else (B,)
+    int64.
     """
 
     Config: ClassVar[type[MethodConfig]]

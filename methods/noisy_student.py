@@ -77,20 +77,21 @@ def joint_loss(
 
     Args:
         labelled, unlabelled: logits (B, K) and (rB, K).
-        label: (B,) int64. target: the teacher's probabilities (rB, K).
-        soft: learn the distribution; otherwise its most probable class, smoothed like a label.
+        label: (B,) int64. target: the teacher's probabilities (rB, K), or its most probable classes (rB,) int64.
+        soft: learn the distribution; otherwise the most probable class, smoothed like a label.
     Returns:
         "loss" and its two parts in nats: parts 0.9 and 0.5 at r = 3 give 0.6.
     """
     labelled_loss = cross_entropy(labelled, label, smoothing=smoothing)
+    best = target.argmax(dim=1) if target.ndim == 2 else target
     if soft:
         unlabelled_loss = cross_entropy(unlabelled, target)
     else:
-        unlabelled_loss = cross_entropy(unlabelled, target.argmax(dim=1), smoothing=smoothing)
+        unlabelled_loss = cross_entropy(unlabelled, best, smoothing=smoothing)
     share = unlabelled_weight * len(unlabelled) / len(labelled)
     with torch.no_grad():
         accuracy = (labelled.argmax(dim=1) == label).float().mean()
-        agreement = (unlabelled.argmax(dim=1) == target.argmax(dim=1)).float().mean()
+        agreement = (unlabelled.argmax(dim=1) == best).float().mean()
     return {
         "loss": (labelled_loss + share * unlabelled_loss) / (1 + share),
         "labelled_loss": labelled_loss.detach(), "unlabelled_loss": unlabelled_loss.detach(),

@@ -356,11 +356,14 @@ class Fit:
         copies = torch.from_numpy(table["copies"].to_numpy().astype("int64"))
         rows = torch.arange(len(self.images)).repeat_interleave(copies)
         order = Order.of(self.images, sizes["images"], seed * 2 + 1, copies=copies)
-        target = None if self.labels.classes else torch.from_numpy(self.labels.probabilities())
+        label = torch.from_numpy(table["class"].to_numpy().astype("int64"))
+        soft = getattr(self.stage.method.config, "soft", False)  # 4 bytes a class and image, which others need not hold
+        target = torch.from_numpy(self.labels.probabilities()) if soft else None
         if "unlabelled" in views:
-            found.append(Stream("unlabelled", self.images, order, target=target, rows=rows))
+            found.append(
+                Stream("unlabelled", self.images, order, target=label if target is None else target, rows=rows)
+            )
         else:
-            label = torch.from_numpy(table["class"].to_numpy().astype("int64"))
             found.append(Stream("labelled", self.images, order, label=label, target=target, rows=rows))
         return tuple(found)
 

@@ -30,7 +30,7 @@ class Stream:
     images: Images
     order: Order
     label: Tensor | None = None  # (N,) int64, of the images
-    target: Tensor | None = None  # (N, K) float32, of the images
+    target: Tensor | None = None  # of the images: (N, K) float32, or (N,) int64 where that is enough
     rows: Tensor | None = None  # (M,) rows of the images, where the stream repeats or leaves out some
 
 

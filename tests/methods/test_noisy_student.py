@@ -32,6 +32,15 @@ def test_the_joint_loss_is_the_mean_over_the_concatenated_batch(soft):
     )
 
 
+def test_hard_targets_are_the_most_probable_classes_however_they_are_given():
+    rng = torch.Generator().manual_seed(0)
+    labelled, unlabelled, target = (torch.randn(n, 3, generator=rng) for n in (2, 5, 5))
+    given = dict(label=torch.tensor([0, 2]), soft=False, smoothing=0.1)
+    one = joint_loss(labelled, unlabelled, target=target.softmax(dim=1), **given)
+    other = joint_loss(labelled, unlabelled, target=target.argmax(dim=1), **given)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_labelled_part_does_not_change_when_unlabelled_images_are_added():
     torch.manual_seed(0)
     labelled, label = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

@@ -265,12 +265,14 @@ def test_contrastive_batches_larger_than_the_set_are_refused_before_training(sma
         run(small, tmp_path / "s", "stages.pretrain.batch=2000")
 
 
-def test_two_streams_read_the_rows_the_ledger_kept(first):
+@pytest.mark.parametrize("soft", [True, False])
+def test_two_streams_read_the_rows_the_ledger_kept(first, soft):
     store = Store.open(first[0])
     keys = {s["name"]: s["key"] for s in first[1].stages}
     from tests.conftest import SMALL
 
-    plan = prepare(parse(SMALL), first[0], label="small").plans[0]
+    recipe = parse(SMALL, overrides=[f"stages.students.stages.student.method.soft={soft}"])
+    plan = prepare(recipe, first[0], label="small").plans[0]
     labels = store.open_artifact(keys["students.0.pseudo"])
     stage = next(s.stage for s in plan.stages if s.name == "students.0.student")
     context = Context(first[0], first[0], 0, plan.classes)
@@ -278,10 +280,11 @@ def test_two_streams_read_the_rows_the_ledger_kept(first):
     labelled, unlabelled = fit.streams({"labelled", "unlabelled"})
     copies = labels.table(["copies"])["copies"].to_pylist()
     assert unlabelled.rows.bincount(minlength=len(copies)).tolist() == copies
-    assert unlabelled.order.batch == 2 * labelled.order.batch and unlabelled.target.shape == (len(copies), 10)
+    assert unlabelled.order.batch == 2 * labelled.order.batch
     batch, _ = make_batch((), (labelled, unlabelled), 0, seed=0, device=torch.device("cpu"))
     rows = unlabelled.rows[batch["unlabelled.index"]].tolist()
-    assert batch["target"].tolist() == [labels.table()["probabilities"][row].as_py() for row in rows]
+    column = labels.table()["probabilities" if soft else "class"]
+    assert batch["target"].tolist() == [column[row].as_py() for row in rows]
     assert batch["label"].tolist() == plan.images["labelled"].label[batch["labelled.index"].numpy()].tolist()
 
 
