@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -102,7 +104,7 @@ def connect(resources: Resources, *, dashboard: bool = False) -> dict[str, float
                 _join(quiet)
             else:
                 # a Train controller that dies frees its workers through the dashboard; with one process there is none
-                ray.init(address="local", num_cpus=cores(), object_store_memory=256 * 2**20,
+                ray.init(address="local", runtime_env=_own_python(), num_cpus=cores(), object_store_memory=256 * 2**20,
                          include_dashboard=dashboard or resources.workers > 1, **quiet)  # fmt: skip
     grows = growth() if joined() else None
     nodes, needs = alive(), needs_of(resources)
@@ -116,6 +118,12 @@ def connect(resources: Resources, *, dashboard: bool = False) -> dict[str, float
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROW_SECONDS))
     cpus, gpus = (sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
     return {"cpus": cpus, "gpus": gpus, "nodes": len(nodes)}
+
+
+def _own_python() -> dict[str, Any] | None:
+    """Names this Python to Ray's workers where its path has a space: Ray starts them by a shell and quotes nothing."""
+    quoted = shlex.quote(sys.executable)
+    return None if quoted == sys.executable else {"py_executable": quoted}
 
 
 def leave() -> None:

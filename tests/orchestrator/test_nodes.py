@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from orchestrator.cluster.nodes import (
 )
 from orchestrator.errors import UserError
 from orchestrator.recipe import Resources
-from tests.orchestrator.ray_nodes import DEADLINE, Nodes
+from tests.orchestrator.ray_nodes import DEADLINE, ROOT, Nodes
 from tests.orchestrator.test_faults import UNSHARE, may_mount
 
 HEAD = Node("a" * 8, "10.0.0.1", "head", {"node:__internal_head__": 1.0})
@@ -289,3 +290,24 @@ def test_real_nodes_are_looked_at_and_the_one_with_another_disk_is_named(tmp_pat
         assert message.startswith("4 training workers with 1 CPU each: the 2 nodes have room for 1 (127.0.0.2 1)")
     finally:
         nodes.close()
+
+
+WORKER_SAYS = """
+import sys, ray
+from orchestrator.cluster.connect import connect, leave
+from orchestrator.recipe import Resources
+connect(Resources())
+print(ray.get(ray.remote(lambda: sys.executable).remote(), timeout=float(sys.argv[1])))
+leave()
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_ray_starts_workers_from_an_environment_whose_path_has_a_space(tmp_path):
+    (tmp_path / "two words").mkdir()
+    (tmp_path / "two words" / "env").symlink_to(sys.prefix)
+    python = tmp_path / "two words" / "env" / "bin" / "python"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([python, "-c", WORKER_SAYS, str(DEADLINE)], capture_output=True, text=True, env=environment)
+    assert (said.stdout.strip(), said.returncode) == (str(python), 0), said.stderr
