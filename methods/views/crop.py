@@ -129,7 +129,7 @@ def blur_(views: Tensor, sigma: Tensor) -> Tensor:
     """
     pixels = views.shape[3]
     order = sigma.argsort()  # a chunk needs no more pixels than its widest blur
-    rows = order[(sigma > 0).logical_not().sum() :]
+    rows = order[int((sigma <= 0).sum()) :]
     weights = blur_weights(sigma[rows], pixels)
     reach = (weights > 0).sum(dim=1).tolist()
     for part in chunks(0, len(rows), pixels * pixels, views.device):
