@@ -528,9 +528,10 @@ def _draw(name: str, split: Split, source: Images, images: Images, *, seed: int,
         most = np.maximum(size - 1, 0) if spare else size
         if total > most.sum() or total < 1:
             by = f"count is {total:,}" if split.fraction is None else f"fraction {split.fraction} is {total:,} images"
-            raise UserError(
-                f"{name}: {by}, but {split.source} has {most.sum():,} to draw from; ask for 1 to {most.sum():,}"
-            )
+            left = int(most.sum())
+            shared = "what is in test or another split is left out: give each images of its own"
+            advice = f"ask for 1 to {left:,}" if left else shared
+            raise UserError(f"{name}: {by}, but {split.source} has {left:,} to draw from; {advice}")
         want = _apportion(share, total, most)
     order = np.lexsort((_priority(images, seed, name), group))
     rank = np.empty(len(images), np.int64)

@@ -92,6 +92,14 @@ def test_fraction_is_stratified_and_rounds_to_the_whole(tmp_path):
     assert split.per_class() == {"cat": 9, "dog": 5, "emu": 1}
 
 
+def test_a_split_whose_images_are_all_in_test_is_told_so(tmp_path):
+    data = class_folders(tmp_path / "data", {"cat": 6, "dog": 6})
+    splits = {"labelled": Split(source=str(data)), "holdout": Split(source="labelled", fraction=0.1),
+              "test": Split(source=str(data))}  # fmt: skip
+    with pytest.raises(UserError, match="holdout: .* has 0 to draw from; what is in test or another split is left out"):
+        opened(tmp_path, splits)
+
+
 def test_count_beyond_the_source_says_what_there_is(tmp_path):
     data = flat_folder(tmp_path / "data", range(4))
     with pytest.raises(UserError, match="count is 5, but .* has 4 to draw from"):
