@@ -27,7 +27,10 @@ from orchestrator.report.reading import RunFacts, StageFacts, describe
 from orchestrator.training.health import PREFIX
 
 FEW_CLASSES = 20  # a table of more is closed until it is asked for
-UNLIKE = "at least so many unlabelled images are unlike the hold-out, by their energy, -logsumexp of the logits"
+UNLIKE = (
+    "at least so many unlabelled images are unlike the hold-out, by their energy, -logsumexp of the logits, or by how "
+    "far their logits are from any of the hold-out's"
+)
 
 
 def health(run: RunFacts) -> Section | None:

@@ -105,7 +105,7 @@ class PseudoLabel(Stage):
         holdout: Images | None = None,
     ) -> Labels:  # fmt: skip
         probability = context.logits(teacher, images)  # of all images: the one large thing in memory
-        energy = torch.cat([health.energy(part) for part in probability.split(ROWS)])
+        on_holdout = self._on_holdout(context, teacher, probability, holdout)
         for part in probability.split(ROWS):
             part.copy_(part.softmax(dim=1))
         sure, predicted = probability.max(dim=1)
@@ -136,9 +136,8 @@ class PseudoLabel(Stage):
             )
             chosen = _with_hands(lambda rows: self._most_confident(rank[rows], label[rows]), by_hand)
         facts |= self._health(label, chosen, classes) | {"mean_confidence": float(sure.mean())}
-        if holdout is not None and holdout.labelled.any():
-            first = not context.round  # later teachers trained on these images
-            facts |= self._on_holdout(energy, context.logits(teacher, holdout), holdout, first)
+        if on_holdout:
+            facts |= on_holdout
             facts["warnings"] = self._warnings(facts, previous)
             if facts["warnings"] and self.guard == "stop":
                 raise StopRound("; ".join(facts["warnings"]))
@@ -181,21 +180,29 @@ class PseudoLabel(Stage):
             "kept_by_class": torch.bincount(label[kept], minlength=classes).tolist(),
         }  # fmt: skip
 
-    def _on_holdout(self, outside: Tensor, logits: Tensor, holdout: Images, first: bool) -> dict[str, Any]:
-        """How good the teacher's labels are where the truth is known, and whether the pool, with these energies, looks
-        like those images."""
+    def _on_holdout(
+        self, context: Context, teacher: Checkpoint, outside: Tensor, holdout: Images | None
+    ) -> dict[str, Any]:
+        """How good the teacher's labels are where the truth is known, and whether the pool, with these logits, looks
+        like those images; nothing where no truth is known."""
+        if holdout is None or not holdout.labelled.any():
+            return {}
         known = torch.from_numpy(holdout.labelled.copy())
         label = torch.from_numpy(holdout.label.copy())[known]
-        found = health.pseudo_labels(logits[known].softmax(dim=1), label, min_confidence=self.min_confidence)
+        logits = context.logits(teacher, holdout)[known]
+        found = health.pseudo_labels(logits.softmax(dim=1), label, min_confidence=self.min_confidence)
         by_class = health.by_class(found, holdout.classes)
-        inside = health.energy(logits[known])
+        energy = torch.cat([health.energy(part) for part in outside.split(ROWS)])
+        inside = health.energy(logits)
+        first = not context.round  # later teachers trained on these images
+        strange = health.strange(outside, logits) if first else 0.0
         return {
             **{f"holdout_{name}": found[name] for name in ("images", "accepted", "precision", "acceptance", "accuracy",
                                                            "chance", "by_class")},
             "holdout_acceptance_of": by_class["acceptance"], "holdout_precision_of": by_class["precision"],
             "calibration_error": found["calibration_error"], "energy_holdout": float(inside.mean()),
-            "energy_unlabelled": float(outside.mean()), "high_energy_share": health.high_energy_share(outside, inside),
-            "unlike_holdout": health.unlike(outside, inside, either=first),
+            "energy_unlabelled": float(energy.mean()), "high_energy_share": health.high_energy_share(energy, inside),
+            "unlike_holdout": max(strange, health.unlike(energy, inside, either=first)),
         }  # fmt: skip
 
     def _warnings(self, facts: Mapping[str, Any], previous: Labels | None) -> list[str]:

@@ -30,6 +30,7 @@ Guard = Literal["warn", "adapt", "stop"]
 
 LOOKS = 10  # how often a training is looked at
 LOOKED_AT = 1024  # images of the hold-out, and of the unlabelled ones, it is looked at on
+NEIGHBOURS = 2048  # hold-out images among which nearest neighbours are looked for
 ENOUGH = 20  # accepted hold-out images below which nothing is said of their precision
 CHUNK = 256  # images a forward pass
 PREFIX = "health/"  # of the names in curves and in MLflow, which groups by it
@@ -94,6 +95,21 @@ def unlike(unlabelled: Tensor, holdout: Tensor, *, either: bool = False) -> floa
     below = [torch.searchsorted(part.sort().values, at, right=True) / len(part) for part in (holdout, unlabelled)]
     difference = below[0] - below[1]
     return max(0.0, float((difference.abs() if either else difference).max()))
+
+
+def strange(unlabelled: Tensor, holdout: Tensor) -> float:
+    """`unlike` of logits (N, K) against (M, K), by how far each row is from the nearest of the hold-out's other rows.
+
+    Sees images on which a network is as sure as on any, but in its own way: noise often is. After the detection by
+    nearest neighbours of Sun et al. 2022, arXiv:2204.06507, on logits in place of features. Only for a model that did
+    not train on the unlabelled images, which lie further out afterwards. Of a large hold-out 2,048 rows are compared.
+    """
+    known = holdout[:: math.ceil(len(holdout) / NEIGHBOURS)].float()
+    if len(known) < 2:
+        return 0.0
+    own = torch.cdist(known, known).kthvalue(2, dim=1).values  # the first is the row itself
+    others = [torch.cdist(part.float(), known).amin(dim=1) for part in unlabelled.split(NEIGHBOURS)]
+    return unlike(torch.cat(others), own)
 
 
 def surely_unlike(distance: float, unlabelled: int, holdout: int) -> float:
@@ -177,7 +193,7 @@ def foreign_pool(distance: float, unlabelled: int, holdout: int, max_unlike: flo
     """What to say where the unlabelled images are of another kind than the hold-out. `distance`: see `unlike`."""
     if surely_unlike(distance, unlabelled, holdout) <= max_unlike:
         return None
-    return (f"at least {distance:.0%} of the unlabelled images are unlike the hold-out, by their energy: look "
+    return (f"at least {distance:.0%} of the unlabelled images are unlike the hold-out, by their logits: look "
             "at them, and leave those of another domain out")  # fmt: skip
 
 

@@ -222,6 +222,23 @@ def test_a_pool_is_never_called_more_foreign_than_it_is(seed, foreign):
     assert health.unlike(pool, known) <= health.unlike(pool, known, either=True) <= foreign / len(pool) + 1e-6
 
 
+def test_logits_far_from_every_neighbour_are_strange_though_their_energies_are_the_holdouts():
+    holdout = torch.eye(3).repeat_interleave(20, dim=0) * (4 + torch.arange(60) % 20 / 20)[:, None]
+    between = torch.full((50, 3), 0.0) + (health.energy(holdout).median().neg() - math.log(3))
+    assert health.unlike(health.energy(between), health.energy(holdout), either=True) <= 0.55
+    assert health.strange(between, holdout) == 1
+    assert health.strange(holdout, holdout) == 0 == health.strange(between, holdout[:1])
+    mixed = torch.cat([holdout, between[:20]])  # a quarter of it foreign
+    assert health.strange(mixed, holdout) == pytest.approx(0.25)
+
+
+def test_a_large_holdout_is_thinned_evenly_and_tells_the_same():
+    generator = torch.Generator().manual_seed(0)
+    holdout = torch.randn(3 * health.NEIGHBOURS, 5, generator=generator).sort(dim=0).values
+    pool = torch.randn(500, 5, generator=generator)
+    assert health.strange(pool + 20, holdout) == 1 and health.strange(holdout, holdout) < 0.1
+
+
 def test_energies_close_together_in_the_middle_are_seen_as_unlike_though_none_is_high():
     holdout = torch.linspace(0, 1, 1001)
     pool = torch.full((500,), 0.4)
@@ -687,8 +704,9 @@ def test_a_teacher_that_got_worse_than_the_one_before_is_told(rounds, shuffled_l
     assert stage._warnings(better, good) == []  # more accepted, and more right in all
 
 
-def test_a_pool_of_noise_is_told_by_the_round(noise, tmp_path):
-    found = Run(tmp_path, f"data.unlabelled={noise}", recipe=ROUNDS)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_pool_of_noise_is_told_by_the_round(noise, seed, tmp_path):
+    found = Run(tmp_path, f"data.unlabelled={noise}", f"seed={seed}", recipe=ROUNDS)
     facts = found.artifact("students.0.pseudo").facts
     assert any("are unlike the hold-out" in line for line in facts["warnings"])
 
