@@ -42,6 +42,8 @@ class PseudoLabel(Stage):
     never is. The key holds those rows, so that a review of one round leaves the answers up to that round as they are.
     """
 
+    version = 2  # since 2 noise that a teacher is sure of is told too
+
     min_confidence: float = 0.3  # the paper's threshold for soft labels; 0.8 and more suits hard ones
     balance: Literal["none", "limit", "replicate"] = "replicate"  # the paper's
     per_class: int | None = None  # n_c; None: the mean number of confident images a class
