@@ -1,10 +1,13 @@
 """What tests share: the small recipe on embedded digits, and running it in this process."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from orchestrator import cli
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault
 settings.load_profile("untimed")
@@ -72,3 +75,31 @@ def data_folder() -> Path:
     if "ORCHESTRATOR_DATA" not in os.environ:
         pytest.skip("ORCHESTRATOR_DATA is not set: no real data sets here")
     return Path(os.environ["ORCHESTRATOR_DATA"])
+
+
+@pytest.fixture(scope="module")
+def untracked():
+    """Nothing is sent to MLflow, whose database takes longer to make than a small run is; it has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.tracking.Sender.start", lambda self: None)
+        patch.setattr("orchestrator.tracking.Sender.finish", lambda self, timeout_seconds: None)
+        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ORCHESTRATOR_STORE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture
+def orchestrator(monkeypatch, capsys):
+    """Types a command; gives (exit code, output, errors). An exception that is no clean end fails the test."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return command

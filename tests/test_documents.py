@@ -116,13 +116,11 @@ def test_the_readme_has_a_row_for_every_shipped_recipe_and_no_other():
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch):
+def example(untracked, tmp_path, monkeypatch):
     """The README's method, importable as a user's own module, and its recipe."""
     (method,), (recipe,) = blocks("README.md", "python"), blocks("README.md", "yaml")
     (tmp_path / "rotation.py").write_text(method, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
     yield recipe
     sys.modules.pop("rotation", None)
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator import cli
 from orchestrator.recipe import load, shipped
 from orchestrator.run import execute, prepare
 from tests.conftest import SMALL
+
+pytestmark = pytest.mark.usefixtures("untracked")
 
 OWN = """
 name: own
@@ -30,32 +31,6 @@ resources: {threads: 1}
 """ + SMALL[SMALL.index("stages:") :]
 CLASSES = ("cat", "dog", "größe")
 BROKEN = {"empty.jpg": b"", "text file.jpg": b"no image at all", "half.png": None}
-
-
-@pytest.fixture(autouse=True)
-def no_tracking_server(monkeypatch):
-    """Tracking has tests of its own."""
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ORCHESTRATOR_STORE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def orchestrator(monkeypatch, capsys):
-    """Types a command; gives (exit code, output, errors). An exception that is no clean end fails the test."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["orchestrator", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def strict(text):
@@ -95,13 +70,10 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(untracked, tmp_path_factory):
     made = World(tmp_path_factory.mktemp("world"))
     flags = [f"data.{name}={json.dumps(str(getattr(made, name)))}" for name in ("labelled", "unlabelled")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        execute(prepare(load(str(made.recipe), flags), made.store, label="own.yaml"), use_ray=False)
+    execute(prepare(load(str(made.recipe), flags), made.store, label="own.yaml"), use_ray=False)
     return made
 
 

@@ -16,13 +16,9 @@ from orchestrator.run import execute, prepare
 from orchestrator.stages.cluster import Cluster
 from orchestrator.svm import COSTS, svm_map
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 CLUSTERS = 6
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
 
 
 def recipe_of(small, **changes):
@@ -54,14 +50,11 @@ def run(text, root, *overrides):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(untracked, tmp_path_factory):
     from tests.conftest import SMALL
 
     root = tmp_path_factory.mktemp("clusters")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        return root, *run(recipe_of(SMALL), root)
+    return root, *run(recipe_of(SMALL), root)
 
 
 class TestCluster:

@@ -13,6 +13,8 @@ from orchestrator.report.html import write_report
 from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 ARMS = """
 name: arms
 data:
@@ -55,12 +57,6 @@ def problems(*overrides):
     with pytest.raises(UserError) as caught:
         parse(ARMS, label="arms.yaml", overrides=overrides)
     return str(caught.value)
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
 
 
 class TestRule:

@@ -35,6 +35,8 @@ from orchestrator.training.health import Limits, Watch
 from tests.methods.contract import METHODS, batch_of, build
 from tests.orchestrator.test_report import read_page
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTrainingConfig(MethodConfig):
@@ -122,14 +124,6 @@ ROUNDS = (
     inputs: {baseline: teacher, final: students, images: test}
 """
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untracked():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        yield
 
 
 class Run:

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from methods.views.draws import Draws
-from orchestrator import cli, ledger
+from orchestrator import ledger
 from orchestrator.artifacts import Checkpoint, Decision, Labels
 from orchestrator.corrections import Corrections, read
 from orchestrator.errors import UserError
@@ -27,32 +26,9 @@ from orchestrator.store import Store
 from tests.conftest import SMALL
 from tests.orchestrator.test_report import read_page
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 CLASSES = ("cat", "dog", "fox")
-
-
-@pytest.fixture(autouse=True)
-def no_tracking_server(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ORCHESTRATOR_STORE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def orchestrator(monkeypatch, capsys):
-    """Types a command; gives (exit code, output, errors)."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["orchestrator", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def key_of(letter):

@@ -18,12 +18,7 @@ from orchestrator.store import Store
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import make_batch
 
-
-@pytest.fixture(autouse=True)
-def no_tracking_server(monkeypatch):
-    """These tests are about the pipeline; tracking has its own."""
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
+pytestmark = pytest.mark.usefixtures("untracked")
 
 
 def run(text, root, *overrides):
@@ -40,15 +35,12 @@ def states(result):
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(untracked, tmp_path_factory):
     """One run that later tests copy or repeat."""
     from tests.conftest import SMALL
 
     root = tmp_path_factory.mktemp("store") / "größe und raum"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        return root, run(SMALL, root)
+    return root, run(SMALL, root)
 
 
 def test_every_stage_runs_once_and_the_verdict_is_the_difference_of_the_accuracies(first):

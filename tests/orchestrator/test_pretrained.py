@@ -20,6 +20,8 @@ from orchestrator.run import execute, prepare
 from orchestrator.stages.pretrained import Pretrained
 from orchestrator.store import Store
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 DIGITS = [str(digit) for digit in range(10)]
 RECIPE = """
 name: elsewhere
@@ -53,12 +55,6 @@ EMBEDDED = TRAIN.format(
     name="student", inputs="{images: unlabelled, teacher: given}",
     method="{use: methods.embedding_distillation.EmbeddingDistillation, teacher_dim: 64}",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
 
 
 def model(classes=10, seed=5):

@@ -13,6 +13,8 @@ from orchestrator.report.html import write_report
 from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 RECIPE = """
 name: probes
 data:
@@ -37,19 +39,11 @@ stages:
 """
 
 
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-
-
 @pytest.fixture(scope="module")
-def perfect(tmp_path_factory):
+def perfect(untracked, tmp_path_factory):
     """Scores of a model whose features are the images' classes, with a little noise."""
     root = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
 
         def features(images):
             noise = torch.randn(len(images), 10, generator=torch.Generator().manual_seed(0))

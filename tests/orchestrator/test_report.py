@@ -28,6 +28,8 @@ from orchestrator.report.reading import arms_of, predictions_of, read_run
 from orchestrator.run import combine, execute, prepare
 from orchestrator.store import Store
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 HOSTILE = ("<img src=x onerror=alert(1)>", "'><script>alert(1)<script>", '$x_{1}$ & "déjà" 数字')  # class folders
 
 RECIPE = """
@@ -145,25 +147,8 @@ def read_page(folder: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-class Untracked:
-    """In place of the sender to MLflow, whose database takes longer to make than a run here."""
-
-    def __init__(self, *args, **options) -> None: ...
-
-    def start(self) -> None: ...
-
-    def finish(self, timeout_seconds: float) -> None: ...
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untracked():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender", Untracked)
-        yield
-
-
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> tuple[Store, Path]:
+def ran(untracked, tmp_path_factory) -> tuple[Store, Path]:
     root = tmp_path_factory.mktemp("report")
     return run(root / "store", write_images(root / "images"))
 

@@ -29,6 +29,8 @@ from orchestrator.search.trials import (
 from orchestrator.store import Store
 from tests.orchestrator.test_faults import Driver, eventually, finished, waiting
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 SEARCHED = """
 name: searched
 data:
@@ -62,13 +64,6 @@ stages:
 """
 SMOOTHING = "stages.model.method.label_smoothing=choice([0.0, 0.1, 0.2])"
 HALTS = waiting(SEARCHED)
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    """In this process nothing is sent to MLflow; its records are what is looked at."""
-    monkeypatch.setattr("orchestrator.search.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.search.run.Sender.finish", lambda self, timeout: None)
 
 
 def dumped(raw):

@@ -21,6 +21,8 @@ from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 from orchestrator.svm import COSTS, svm_map
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220)}
 SHAPES = ("disc", "bar", "frame")
 
@@ -57,14 +59,6 @@ MODEL = """
     batch: 8
     precision: float32
 """
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "ORCHESTRATOR_STORE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +132,13 @@ def test_precision_and_cost_of_every_class_are_scikit_learns_on_a_set_of_several
 
 
 @pytest.fixture(scope="module")
-def ran(source, tmp_path_factory):
+def ran(untracked, source, tmp_path_factory):
     """The whole pipeline: images without labels are learned from, and judged by their labels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.run.Sender.start", lambda self: None)
-        patch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
-        prepared = prepare(parse(recipe_of(source)), tmp_path_factory.mktemp("store"), label="attributes")
-        execute(prepared, use_ray=False)
-        store = Store.open(prepared.store.root)
-        (score,) = store.open_artifact(prepared.plans[0].key("probe")).scores()
-        return store, prepared, score
+    prepared = prepare(parse(recipe_of(source)), tmp_path_factory.mktemp("store"), label="attributes")
+    execute(prepared, use_ray=False)
+    store = Store.open(prepared.store.root)
+    (score,) = store.open_artifact(prepared.plans[0].key("probe")).scores()
+    return store, prepared, score
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -10,6 +10,8 @@ from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
 from orchestrator.store import Store
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 RECIPE = """
 name: labels
 data:
@@ -37,12 +39,6 @@ stages:
     inputs: {images: unlabelled, labels: soft}
     method: {use: methods.supervised.Supervised, soft: true}
 """
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
 
 
 def run(tmp_path, *overrides):

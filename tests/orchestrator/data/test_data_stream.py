@@ -362,9 +362,7 @@ def test_options_that_mean_nothing_are_named():
 # ---- a whole run
 
 
-def test_a_recipe_learns_labels_and_judges_from_streamed_shards(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("orchestrator.run.Sender.start", lambda self: None)
-    monkeypatch.setattr("orchestrator.run.Sender.finish", lambda self, timeout: None)
+def test_a_recipe_learns_labels_and_judges_from_streamed_shards(small, untracked, tmp_path):
     for split in ("train", "test"):
         listing = open_source(f"digits/{split}", tmp_path)
         cells = [encoded(item) for item in listing.items(0, len(listing))]
