@@ -95,10 +95,17 @@ def _curve_table(checkpoint: Checkpoint) -> tuple[np.ndarray, dict[str, np.ndarr
     each = max(1, math.ceil(len(step) / CURVE_POINTS))
     parts = np.arange(0, len(step), each)
     if each > 1:
-        sizes = np.diff([*parts, len(step)])
-        series = {name: np.add.reduceat(value, parts) / sizes for name, value in series.items()}
-        step = np.add.reduceat(step, parts) / sizes
+        series = {name: _means(value, parts) for name, value in series.items()}
+        step = _means(step, parts)
     return step.astype(float), series, each
+
+
+def _means(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Means of the known values of each part (P,) of values (M,), nan where a part has none: some are logged rarely."""
+    known = np.isfinite(values)
+    count = np.add.reduceat(known.astype(int), starts)
+    total = np.add.reduceat(np.where(known, values, 0.0), starts)
+    return np.divide(total, count, out=np.full(len(starts), np.nan), where=count > 0)
 
 
 def _panels(series: Mapping[str, np.ndarray]) -> list[tuple[list[str], str, str]]:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from methods.metrics import paired_bootstrap, wilson_interval
 from orchestrator.artifacts import Checkpoint, Decision, Labels, Scores, Verdict
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
-from orchestrator.report import figures
+from orchestrator.report import figures, learning
 from orchestrator.report.content import interval, percent, points, points_interval
 from orchestrator.report.gallery import Pictures, shown_pixels
 from orchestrator.report.html import write_report
@@ -221,6 +222,20 @@ def test_curves_are_those_of_the_checkpoint(ran):
         losses = [[row[:2] for row in table[1:]] for table in page.tables["curves"] if table[0][:2] == ["step", "loss"]]
         assert lost in losses
     assert "labelled loss" in page.said["curves"] and "learning rate" in page.said["curves"]
+
+
+def test_what_a_long_training_logs_rarely_is_drawn_as_it_was_logged(ran, monkeypatch):
+    steps, looks = range(0, 4000, 20), range(399, 4000, 400)
+    rows = [(n, "loss", n / 20) for n in steps] + [(n, "effective_rank", n / 100) for n in looks]
+    columns = dict(zip(("step", "name", "value"), map(list, zip(*rows, strict=True)), strict=True))
+    monkeypatch.setattr(Checkpoint, "curves", lambda self: pa.table(columns))
+    step, series, each = learning._curve_table(answer(ran, "pretrain"))
+    assert each == 2 and len(step) == 105 and step[:2].tolist() == [10, 50]
+    assert series["loss"][:2].tolist() == [0.5, 2.5]  # means of 0 and 1, of 2 and 3
+    rank = series["effective_rank"]
+    assert rank[np.isfinite(rank)].tolist() == pytest.approx([n / 100 for n in looks])
+    section = learning.curves(read_run(*ran))
+    assert section is not None and "effective rank" in str(section.blocks)
 
 
 def test_the_ledgers_health_is_the_pseudo_labels_facts(ran):
