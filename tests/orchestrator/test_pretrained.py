@@ -424,7 +424,7 @@ def test_the_comparison_of_teachers_runs_on_digits_and_makes_one_table(tmp_path)
     assert {stage["state"] for stage in result.stages} == {"ran"}
     found = result.json()["comparison"]
     assert {score["arm"] for score in found["arms"]} == {
-        "student", "strong", "poor", "smoothing_90", "smoothing_10", "tf_kd_reg", "kd", "re_kd", "de_kd", "tf_kd_self",
+        "student", "strong", "poor", "smoothing", "tf_kd_reg", "kd", "re_kd", "de_kd", "tf_kd_self",
         "embedding",
     }  # fmt: skip
     assert found["protocol"] == "classifier" and ("kd", "student") in {
