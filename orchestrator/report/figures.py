@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from orchestrator.report.content import percent
 
@@ -48,8 +48,9 @@ class Dot:
 
 
 def short(name: str, most: int = 18) -> str:
-    """A name that fits an axis."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A name that fits an axis: what is too long loses its middle, since stages of one arm differ at their ends."""
+    tail = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"
 
 
 def _room(names: Iterable[str], points: float = 8) -> float:
@@ -94,7 +95,7 @@ def _svg(axes: Axes, salt: str) -> str:
 
 
 def _percent(axis: Axis) -> None:
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")  # 42.5 is not 43
 
 
 def _line_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
@@ -235,7 +236,7 @@ def inside(
     xlabel: str, salt: str, value: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """A bar a row from zero, with the part of it that counts inside; `value` stands at the end of each."""
-    names = [short(name, 24) for name in names]
+    names = [short(name, 30) for name in names]
     axes = _axes(0.75 + 0.2 * len(names), left=_room(names), top=0.25)
     places = range(len(names))
     axes.barh(places, whole, height=0.78, color=LIGHT)

@@ -464,6 +464,19 @@ def test_figures_are_equal_for_equal_numbers_and_carry_no_ids_of_other_figures()
     assert ids[0] and not ids[0] & ids[1]
 
 
+def test_a_long_name_loses_its_middle_and_stays_as_long_as_allowed():
+    assert figures.short("arms.pirl.probe") == "arms.pirl.probe"
+    assert figures.short("arms.colorization_regression.pretrain", 30) == "arms.colorizati…ssion.pretrain"
+    assert all(len(figures.short("x" * 99, most)) == most for most in range(2, 40))
+
+
+def test_ticks_between_whole_percents_are_not_rounded_to_uneven_steps():
+    curves = {"colorization": [0.536, 0.54, 0.512, 0.425, 0.388], "random": [0.527, 0.529, 0.492, 0.429, 0.371]}
+    svg = figures.by_layer(["c1", "c2", "c3", "c4", "gap"], curves, {"random"}, salt="test")
+    ticks = [float(tick) for tick in re.findall(r"([\d.]+) %", svg)]
+    assert len(ticks) > 3 and np.diff(ticks) == pytest.approx(ticks[1] - ticks[0])
+
+
 def test_labels_of_lines_that_end_together_do_not_overlap():
     step = np.arange(3.0)
     names = ("loss one", "loss two", "loss three")
