@@ -142,7 +142,7 @@ def by_round(
     salt: str,
 ) -> str:  # fmt: skip
     """Accuracy (value, low, high) over teacher and rounds; models at the places in `refused` are drawn hollow."""
-    axes = _axes(2.7, right=_room(series, 7.5) + 0.05, bottom=0.32)
+    axes = _axes(2.7, left=0.78, right=_room(series, 7.5) + 0.05, bottom=0.32)
     labels = []
     for number, (name, values) in enumerate(series.items()):
         colour, known = CYCLE[number], [(i, v) for i, v in enumerate(values) if v is not None]
@@ -196,7 +196,8 @@ def lines(
 def by_layer(taps: Sequence[str], series: Mapping[str, Sequence[float | None]], dashed: set[str], *, salt: str) -> str:
     """Accuracy over the depth of an encoder, a line an arm; the arms in `dashed` are grey and dashed."""
     names = {name: short(name, 24) for name in series}
-    axes = _axes(max(3.0, 0.18 * len(series) + 0.9), right=_room(names.values(), 7.5) + 0.05, bottom=0.32)
+    right = _room(names.values(), 7.5) + 0.05
+    axes = _axes(max(3.0, 0.18 * len(series) + 0.9), left=0.78, right=right, bottom=0.32)
     labels, number = [], 0
     for name, values in series.items():
         known = [(i, v) for i, v in enumerate(values) if v is not None]
