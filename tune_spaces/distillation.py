@@ -8,6 +8,6 @@ SPACE = Space(
     methods=("methods.distillation.Distillation",),
     params={
         "method.temperature": tune.loguniform(1.0, 20.0),  # Hinton: 1 to 20, and 2.5 to 4 for narrow students; Yuan: 20
-        "method.alpha": tune.quniform(0.1, 0.95, 0.05),  # weight of the teacher; Yuan: 0.4 to 0.95
+        "method.alpha": tune.quniform(0.1, 0.95, 0.05),  # Yuan: 0.4 to 0.95, which weigh 0.1 to 0.9
     },
 )
