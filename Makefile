@@ -12,7 +12,7 @@ quickstart: .venv/.ready  ## do unlabelled pictures help? two labels a class, a 
 	$(BIN)/orchestrator run quickstart
 
 test: .venv/.ready  ## unit tests, then a short core on real Ray and MLflow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/.ready  ## everything, faults and short trainings too
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 ANCHORS = ("random", "supervised")
 
@@ -103,6 +103,11 @@ def exceeds(better: Sequence[float], worse: Sequence[float]) -> tuple[float, flo
         return difference, None, None
     needed = 2 * math.sqrt(statistics.variance(better) / len(better) + statistics.variance(worse) / len(worse))
     return difference, needed, difference > needed
+
+
+def finding(difference: float, needed: float) -> Literal["better", "worse", "not shown"]:
+    """What a difference of means says that has to exceed `needed`, in either direction."""
+    return "better" if difference > needed else "worse" if -difference > needed else "not shown"
 
 
 def short_names(stages: Iterable[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.comparison import finding
 from orchestrator.pipeline import Outcome
 from orchestrator.plan import waves, why
 from orchestrator.run import Prepared, RunResult
@@ -168,7 +169,7 @@ class Display:
             difference = f"{claim['better']} against {claim['worse']}: {100 * claim['difference']:+.1f} points"
             if claim["holds"] is None:
                 continue
-            verdict = "better" if claim["holds"] else "not shown to be better"
+            verdict = finding(claim["difference"], claim["needed"]).replace("not shown", "not shown to differ")
             self.line(f"  {difference}, {verdict} (needs {100 * claim['needed']:.1f})")
 
     def show(self, head: Mapping[str, Any], result: RunResult) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.artifacts import Table as Scored
-from orchestrator.comparison import Comparison, Score, combine
+from orchestrator.comparison import Comparison, Score, combine, finding
 from orchestrator.report import figures
 from orchestrator.report.content import INTERVAL, Figure, Section, Table, Text, interval, percent, points
 from orchestrator.report.judgement import t_interval
@@ -104,11 +104,12 @@ def _table(found: Comparison) -> Table:
 
 
 def _claims(found: Comparison) -> Table:
+    says = {"better": "yes", "worse": "no, worse", "not shown": "not shown"}
     rows = [
-        [f"{better} better than {worse}", points(difference), points(needed or 0.0),
-         "yes" if holds else "not shown"]
-        for better, worse, difference, needed, holds in found.tests()
-    ]  # fmt: skip
+        [f"{better} better than {worse}", points(difference), f"{100 * needed:.1f}", says[finding(difference, needed)]]
+        for better, worse, difference, needed, _ in found.tests()
+        if needed is not None
+    ]
     return Table(
         ["claim", "difference, points", "needed", "holds"], rows, "lrrl",
         f"A claim holds when the means of {found.seeds} seeds differ by more than twice the root of the summed squared "

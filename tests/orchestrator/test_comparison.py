@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.comparison import combine, exceeds, short_names
+from orchestrator.comparison import combine, exceeds, finding, short_names
 from orchestrator.errors import UserError
 from orchestrator.recipe import load, parse
 from orchestrator.report.html import write_report
@@ -64,6 +64,12 @@ class TestRule:
         difference, needed, holds = exceeds((3, 4, 5), (0, 1, 2))
         assert difference == 3 and needed == pytest.approx(1.632993, abs=1e-6) and holds
         assert exceeds((0.5, 0.7, 0.9), (0.4, 0.6, 0.8))[2] is False
+
+    @pytest.mark.parametrize(
+        ("difference", "says"), [(1.1, "better"), (1.0, "not shown"), (-1.0, "not shown"), (-1.1, "worse")]
+    )
+    def test_what_exceeds_the_rule_downwards_is_worse_and_not_merely_not_shown(self, difference, says):
+        assert finding(difference, needed=1.0) == says
 
     def test_one_seed_decides_nothing(self):
         assert exceeds((1.0,), (0.0,)) == (1.0, None, None)
