@@ -218,7 +218,7 @@ def test_a_pool_is_never_called_more_foreign_than_it_is(seed, foreign):
 
 def test_logits_far_from_every_neighbour_are_strange_though_their_energies_are_the_holdouts():
     holdout = torch.eye(3).repeat_interleave(20, dim=0) * (4 + torch.arange(60) % 20 / 20)[:, None]
-    between = torch.full((50, 3), 0.0) + (health.energy(holdout).median().neg() - math.log(3))
+    between = torch.full((50, 3), -float(health.energy(holdout).median()) - math.log(3))
     assert health.unlike(health.energy(between), health.energy(holdout), either=True) <= 0.55
     assert health.strange(between, holdout) == 1
     assert health.strange(holdout, holdout) == 0 == health.strange(between, holdout[:1])
