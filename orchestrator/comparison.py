@@ -102,7 +102,7 @@ def exceeds(better: Sequence[float], worse: Sequence[float]) -> tuple[float, flo
     if len(better) < 2 or len(worse) < 2:
         return difference, None, None
     needed = 2 * math.sqrt(statistics.variance(better) / len(better) + statistics.variance(worse) / len(worse))
-    return difference, needed, difference > needed
+    return difference, needed, finding(difference, needed) == "better"
 
 
 def finding(difference: float, needed: float) -> Literal["better", "worse", "not shown"]:
