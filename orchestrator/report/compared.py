@@ -8,7 +8,6 @@ from orchestrator.artifacts import Table as Scored
 from orchestrator.comparison import Comparison, Score, combine, finding
 from orchestrator.report import figures
 from orchestrator.report.content import INTERVAL, Figure, Section, Table, Text, interval, percent, points
-from orchestrator.report.judgement import t_interval
 from orchestrator.report.reading import RunFacts
 
 FEATURES = "Which method's features are best?"
@@ -41,10 +40,6 @@ def comparison(run: RunFacts) -> Section | None:
 SPOKEN = {"linear": "a linear probe", "knn": "k nearest neighbours", "classifier": "the model's own head"}
 
 
-def _interval(score: Score) -> tuple[float, float]:
-    return t_interval(score.values) if len(score.values) > 1 else (score.low, score.high)
-
-
 def _colour(found: Comparison, arm: str) -> str:
     return figures.GREY if arm in found.anchors.values() else figures.BLUE
 
@@ -57,7 +52,7 @@ def _titled(found: Comparison, arm: str) -> str:
 def _by_arm(found: Comparison) -> Figure:
     ranked = sorted(found.ranking(), key=lambda score: -score.mean)
     rows = [
-        figures.Dot(_titled(found, s.arm), s.mean, *_interval(s), _colour(found, s.arm),
+        figures.Dot(_titled(found, s.arm), s.mean, s.low, s.high, _colour(found, s.arm),
                     s.values if len(s.values) > 1 else ())
         for s in ranked
     ]  # fmt: skip
@@ -65,7 +60,7 @@ def _by_arm(found: Comparison) -> Figure:
     grey = " Anchors are grey." if found.anchors else ""
     several = f"mean of {found.seeds} seeds with Student's 95 % interval, under it a dot for each seed"
     what = several if found.seeds > 1 else "95 % Wilson interval, 1 seed"
-    lines = [[s.arm, percent(s.mean), interval(*_interval(s))] for s in ranked]
+    lines = [[s.arm, percent(s.mean), interval(s.low, s.high)] for s in ranked]
     return Figure(
         figures.dots(rows, xlabel=f"accuracy of {spoken}", salt="comparison"),
         f"Accuracy of {spoken}: {what}; n = {ranked[0].n:,} images.{grey}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from methods.metrics import paired_bootstrap, wilson_interval
 from orchestrator import ledger
 from orchestrator.artifacts import Decision, Labels, Verdict
+from orchestrator.comparison import share_interval, t_interval
 from orchestrator.report import figures
 from orchestrator.report.content import (
     INTERVAL,
@@ -39,7 +39,7 @@ from orchestrator.report.reading import (
     predictions_of,
     teachers_of,
 )
-from orchestrator.stages.judge import STUDENT_T, combine
+from orchestrator.stages.judge import combine
 
 BINS = 15  # of confidence, those of the calibration error
 MATRIX_CLASSES = 100  # more fit no page
@@ -120,25 +120,19 @@ def _scores(judge: Judged) -> Figure:
     )  # fmt: skip
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean over n >= 2 seeds; at most [0, 1] as it is of accuracies."""
-    half = STUDENT_T.get(len(values), 2.2) * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
-    return max(0.0, mean - half), min(1.0, mean + half)
-
-
 def _several(run: RunFacts, judge: Judged) -> list[Block]:
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[int, float]] = {}  # name to seed to accuracy
     for seed, one in judge.verdicts:
         for arm in arms_of(one, run.seeds[seed]):
             for name in ([arm.name] if "baseline" not in arm.roles else []) + sorted(arm.roles):
-                found.setdefault(name, []).append(arm.score["accuracy"])
-    order = ["baseline", *(name for name in found if name not in ("baseline", "final")), "final"]
+                found.setdefault(name, {})[seed] = arm.score["accuracy"]
+    others = [name for name in found if name != "baseline" and found[name] != found["final"]]
+    order = ["baseline", *others, "final"]
     colours = {"baseline": figures.GREY, "final": figures.BLUE}
     rows, lines = [], []
     for name in order:
-        values = found[name]
-        low, high = t_interval(values) if len(values) > 1 else (values[0], values[0])
+        values = list(found[name].values())
+        low, high = share_interval(values) if len(values) > 1 else (values[0], values[0])
         mean, colour = statistics.fmean(values), colours.get(name, figures.SKY)
         rows.append(figures.Dot(name, mean, low, high, colour, tuple(values)))
         if name in colours:
@@ -150,11 +144,20 @@ def _several(run: RunFacts, judge: Judged) -> list[Block]:
           points_interval(v.facts["low"], v.facts["high"])] for seed, v in judge.verdicts],
         "rrrrr", "Each seed by itself; intervals by bootstrap over the test images, in pairs.",
     )  # fmt: skip
+    against = []
+    for name in (name for name in order[:-1] if len(found[name]) == seeds):
+        gains = [found["final"][seed] - value for seed, value in found[name].items()]
+        mean, spread = statistics.fmean(found[name].values()), statistics.stdev(found[name].values())
+        against.append([name, f"{percent(mean)} ± {100 * spread:.1f}", points(statistics.fmean(gains)),
+                        points_interval(*t_interval(gains))])  # fmt: skip
     n = f"{judge.combined['n']:,} test images"
     caption = f"Mean of {seeds} seeds with Student's 95 % interval, under it a dot for each seed; {n}."
     svg = figures.dots(rows, xlabel="accuracy on the test images", salt=f"verdict-{judge.name}")
     return [
         Figure(svg, caption, _headline(judge.combined, lines, seeds)), each,
+        *([Table(["against", "mean ± s.d.", "the final model has more, points", INTERVAL], against, "lrrr",
+                 "The final model against each other one; intervals by Student's t over the seeds, in pairs.")]
+          if others else []),
         Text(f"What follows is of the first seed, {judge.seed}.", "note"),
     ]  # fmt: skip
 

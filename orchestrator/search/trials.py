@@ -9,7 +9,6 @@ STORE/runs/SEARCH/best.yaml        the best recipe, as `orchestrator run` takes 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.artifacts import write_json
-from orchestrator.stages.judge import STUDENT_T
+from orchestrator.comparison import t_interval
 from orchestrator.store import replace_file
 
 SEARCH = "search"  # `kind` in the head of a search's folder
@@ -92,11 +91,10 @@ def confirm_gain(best: Sequence[float], default: Sequence[float], mode: str) -> 
     """
     sign = 1 if mode == "max" else -1
     gains = [sign * (b - d) for b, d in zip(best, default, strict=True)]
-    mean, n = statistics.fmean(gains), len(gains)
-    half = STUDENT_T.get(n, 2.2) * statistics.stdev(gains) / math.sqrt(n) if n > 1 else None
+    low, high = t_interval(gains) if len(gains) > 1 else (None, None)
     return {
-        "seeds": n, "best": statistics.fmean(best), "default": statistics.fmean(default), "gain": mean,
-        "low": None if half is None else mean - half, "high": None if half is None else mean + half, "each": gains,
+        "seeds": len(gains), "best": statistics.fmean(best), "default": statistics.fmean(default),
+        "gain": statistics.fmean(gains), "low": low, "high": high, "each": gains,
     }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +14,11 @@ from torch import Tensor
 
 from methods.metrics import expected_calibration_error, paired_bootstrap, wilson_interval
 from orchestrator.artifacts import Checkpoint, Verdict
+from orchestrator.comparison import t_interval
 from orchestrator.context import Context
 from orchestrator.data.images import Images
 from orchestrator.stage import Stage, Wiring, foreign
 from orchestrator.stages.train import Train
-
-STUDENT_T = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # 97.5 %, n seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +119,11 @@ def combine(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(verdicts) == 1:
         return {**first, "seeds": 1}
     gains = [v["gain"] for v in verdicts]
-    n, mean = len(gains), statistics.fmean(gains)
-    half = STUDENT_T.get(n, 2.2) * statistics.stdev(gains) / math.sqrt(n)
+    n, (low, high) = len(gains), t_interval(gains)
     found = {
-        **first, "baseline": statistics.fmean(v["baseline"] for v in verdicts),
-        "final": statistics.fmean(v["final"] for v in verdicts), "gain": mean, "low": mean - half, "high": mean + half,
-        "seeds": n, "each": [{k: v[k] for k in ("baseline", "final", "gain", "low", "high")} for v in verdicts],
+        **first, "baseline": statistics.fmean(v["baseline"] for v in verdicts), "seeds": n,
+        "final": statistics.fmean(v["final"] for v in verdicts), "gain": statistics.fmean(gains), "low": low,
+        "high": high, "each": [{k: v[k] for k in ("baseline", "final", "gain", "low", "high")} for v in verdicts],
     }  # fmt: skip
     found["sentence"] = sentence(found).replace("test images", f"test images, {n} seeds")
     return found

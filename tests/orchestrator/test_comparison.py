@@ -1,12 +1,15 @@
 """Arms, their one table, and the rule by which one is better."""
 
 import json
+import math
+import statistics
 
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.comparison import combine, exceeds, finding, short_names
+from orchestrator.comparison import combine, exceeds, finding, share_interval, short_names, t_interval
 from orchestrator.errors import UserError
 from orchestrator.recipe import load, parse
 from orchestrator.report.html import write_report
@@ -70,6 +73,18 @@ class TestRule:
     )
     def test_what_exceeds_the_rule_downwards_is_worse_and_not_merely_not_shown(self, difference, says):
         assert finding(difference, needed=1.0) == says
+
+    @pytest.mark.parametrize("n", [2, 3, 10, 11, 12, 13, 40])
+    def test_an_interval_over_seeds_is_students_and_never_narrower(self, n):
+        values = [0.3 + 0.01 * place for place in range(n)]
+        low, high = t_interval(values)
+        exact = scipy.stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+        assert (low + high) / 2 == pytest.approx(statistics.fmean(values))
+        assert -1e-3 < (high - low) / 2 / exact - 1 < (1e-3 if n <= 12 else 0.1)
+
+    def test_an_interval_of_shares_stays_among_them(self):
+        assert t_interval((0.01, 0.02, 0.03)) == pytest.approx((-0.0048, 0.0448), abs=1e-4)
+        assert share_interval((0.01, 0.02, 0.03))[0] == 0.0 and share_interval((0.97, 0.98, 0.99))[1] == 1.0
 
     def test_one_seed_decides_nothing(self):
         assert exceeds((1.0,), (0.0,)) == (1.0, None, None)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sklearn.datasets import load_digits
 
 from methods.metrics import paired_bootstrap, wilson_interval
 from orchestrator.artifacts import Checkpoint, Decision, Labels, Scores, Verdict
+from orchestrator.comparison import t_interval
 from orchestrator.errors import UserError
 from orchestrator.recipe import parse
 from orchestrator.report import figures, learning
@@ -390,6 +392,14 @@ def test_several_seeds_show_each_and_their_mean(tmp_path, ran):
          points_interval(v.facts["low"], v.facts["high"])] for seed, v in enumerate(verdicts)
     ]  # fmt: skip
     assert {row[0]: row[1] for row in page.table("verdict", "")}["final"] == percent(both["final"])
+    against = {row[0]: row[1:] for row in page.table("verdict", "against")}
+    assert against["baseline"][1:] == [points(both["gain"]), points_interval(both["low"], both["high"])]
+    before = [v.facts["scores"]["arm0"]["accuracy"] for v in verdicts]
+    gains = [v.facts["final"] - accuracy for v, accuracy in zip(verdicts, before, strict=True)]
+    mean, spread = statistics.fmean(before), statistics.stdev(before)
+    assert against["students.0.student"] == [
+        f"{percent(mean)} ± {100 * spread:.1f}", points(statistics.fmean(gains)), points_interval(*t_interval(gains))
+    ]  # fmt: skip
     assert "first seed, 0" in page.said["verdict"]
     first = predictions_of(verdicts[0].predictions(), "final")
     matrix = np.array([[int(cell) for cell in row[1:4]] for row in page.table("classes", "label")])
