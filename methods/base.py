@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,20 @@ class MethodConfig:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} = {value}: must be in [0, 1)")
+
+    def check_shares(self, *names: str) -> None:
+        """Refuses fields that are no share, such as of training: ValueError outside [0, 1]."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value}: must be in [0, 1]")
+
+    def check_weights(self, *names: str) -> None:
+        """Refuses fields that are no weight of a loss: ValueError unless finite and >= 0."""
+        for name in names:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} = {value}: must be >= 0 and finite; 0 leaves that loss out")
 
     def advice(self, steps: int) -> str | None:
         """What a person should know before a training of so many steps: a default that suits only much longer ones."""

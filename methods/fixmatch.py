@@ -6,6 +6,7 @@ arXiv:1911.09785), whose strength is learned from the labelled images.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ class FixMatchConfig(MethodConfig):
     weak_no_grad: bool = False  # weak views in a pass of their own without gradient: saves a third of a step
 
     def __post_init__(self) -> None:
-        check(self.min_confidence, self.unlabelled_weight, self.dropout)
+        _check(self)
 
 
 class FixMatch(Method):
@@ -74,7 +75,7 @@ class FixMatchCTAConfig(MethodConfig):
     weak_no_grad: bool = False  # weak views in a pass of their own without gradient: saves a third of a step
 
     def __post_init__(self) -> None:
-        check(self.min_confidence, self.unlabelled_weight, self.dropout)
+        _check(self)
 
 
 class FixMatchCTA(Method):
@@ -122,14 +123,14 @@ class FixMatchCTA(Method):
         return self.head(self.encoder(images))
 
 
-def check(min_confidence: float, unlabelled_weight: float, dropout: float) -> None:
+def _check(config: FixMatchConfig | FixMatchCTAConfig) -> None:
     """Refuses what no configuration of this file may have."""
-    if not 0 <= min_confidence <= 1:
-        raise ValueError(f"min_confidence = {min_confidence}: must be in [0, 1]")
-    if not unlabelled_weight > 0:
-        raise ValueError(f"unlabelled_weight = {unlabelled_weight}: must be > 0; use Supervised to leave it out")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout = {dropout}: must be in [0, 1)")
+    config.check_shares("min_confidence")
+    config.check_fractions("dropout")
+    if not 0 < config.unlabelled_weight < math.inf:
+        raise ValueError(
+            f"unlabelled_weight = {config.unlabelled_weight}: must be > 0 and finite; use Supervised to leave it out"
+        )
 
 
 def three_views(method: FixMatch | FixMatchCTA, batch: Batch, *, weak_no_grad: bool) -> tuple[Tensor, ...]:

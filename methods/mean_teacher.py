@@ -6,7 +6,6 @@ baselines, Sohn et al. 2020, arXiv:2001.07685.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,11 +39,9 @@ class MeanTeacherConfig(MethodConfig):
     norm_from: NormFrom = "labelled"  # whose statistics batch norm keeps, same code; "all": both streams in one pass
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp = {self.ramp}: must be in [0, 1]")
+        self.check_shares("ramp")
         self.check_fractions("label_smoothing", "dropout")
-        if not (math.isfinite(self.unlabelled_weight) and self.unlabelled_weight >= 0):
-            raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0; 0 is supervised training")
+        self.check_weights("unlabelled_weight")
 
 
 class MeanTeacher(Method):

@@ -40,10 +40,8 @@ class MixMatchConfig(MethodConfig):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} = {value}: must be > 0; {what}")
-        if not self.unlabelled_weight >= 0:
-            raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp = {self.ramp}: must be in [0, 1], a share of training; 0 is full weight throughout")
+        self.check_weights("unlabelled_weight")
+        self.check_shares("ramp")
         self.check_fractions("dropout")
 
     def advice(self, steps: int) -> str | None:

@@ -5,6 +5,7 @@ The teacher's labels, their filtering and their balancing are `methods.selection
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,9 @@ class NoisyStudentConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         self.check_fractions("label_smoothing", "dropout", "drop_path")
-        if not self.unlabelled_weight > 0:
+        if not 0 < self.unlabelled_weight < math.inf:
             raise ValueError(
-                f"unlabelled_weight = {self.unlabelled_weight}: must be > 0; use Supervised to leave it out"
+                f"unlabelled_weight = {self.unlabelled_weight}: must be > 0 and finite; use Supervised to leave it out"
             )
 
 

@@ -6,7 +6,6 @@ The network's own most probable class labels an unlabelled image while it trains
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,13 +29,9 @@ class PseudoLabellingConfig(MethodConfig):
     norm_from: NormFrom = "labelled"  # whose statistics batch norm keeps, same code; "all": both streams in one pass
 
     def __post_init__(self) -> None:
-        for name in ("min_confidence", "ramp"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} = {value}: must be in [0, 1]")
+        self.check_shares("min_confidence", "ramp")
         self.check_fractions("label_smoothing", "dropout")
-        if not (math.isfinite(self.unlabelled_weight) and self.unlabelled_weight >= 0):
-            raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0; 0 is supervised training")
+        self.check_weights("unlabelled_weight")
 
 
 class PseudoLabelling(Method):

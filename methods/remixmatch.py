@@ -55,12 +55,8 @@ class ReMixMatchConfig(MethodConfig):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} = {value}: must be > 0; {what}")
-        for name in ("unlabelled_weight", "strong_weight", "rotation_weight"):
-            value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"{name} = {value}: must be >= 0")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp = {self.ramp}: must be in [0, 1], a share of training; 0 is full weight throughout")
+        self.check_weights("unlabelled_weight", "strong_weight", "rotation_weight")
+        self.check_shares("ramp")
         self.check_fractions("dropout")
 
     def advice(self, steps: int) -> str | None:

@@ -35,10 +35,8 @@ class UDAConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature}: must be > 0; 1 does not sharpen")
-        if not 0 <= self.min_confidence <= 1:
-            raise ValueError(f"min_confidence = {self.min_confidence}: must be in [0, 1]")
-        if not self.unlabelled_weight >= 0:
-            raise ValueError(f"unlabelled_weight = {self.unlabelled_weight}: must be >= 0")
+        self.check_shares("min_confidence")
+        self.check_weights("unlabelled_weight")
         if self.annealing not in get_args(Annealing):
             raise ValueError(f"annealing = {self.annealing}: must be one of {', '.join(get_args(Annealing))}")
         self.check_fractions("dropout")

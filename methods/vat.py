@@ -46,17 +46,15 @@ class VATConfig(MethodConfig):
     norm_from: NormFrom = "labelled"  # whose statistics batch norm keeps, same code; "all": both streams in one pass
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"ramp = {self.ramp}: must be in [0, 1]")
+        self.check_shares("ramp")
         self.check_fractions("label_smoothing")
         if not (math.isfinite(self.xi) and self.xi > 0):
             raise ValueError(f"xi = {self.xi}: must be > 0, the length of the trial step")
         if self.iterations < 1:
             raise ValueError(f"iterations = {self.iterations}: must be >= 1")
-        for name in ("epsilon", "unlabelled_weight", "entropy_weight"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} = {value}: must be >= 0")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon = {self.epsilon}: must be >= 0 and finite, the length of the worst step")
+        self.check_weights("unlabelled_weight", "entropy_weight")
 
 
 class VAT(Method):

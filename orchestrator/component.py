@@ -117,12 +117,15 @@ def dataclass_fields(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.init]
 
 
+CLOSED = {"extra": "forbid", "arbitrary_types_allowed": True, "allow_inf_nan": False}
+
+
 def _close(cls: Any, seen: set[type]) -> None:
-    """Make pydantic refuse unknown keys in a stdlib dataclass and in those it holds."""
+    """Make pydantic refuse unknown keys and infinite numbers in a stdlib dataclass and in those it holds."""
     for part in (cls, *get_args(cls)) if get_origin(cls) else (cls,):
         if inspect.isclass(part) and dataclasses.is_dataclass(part) and part is not Component and part not in seen:
             seen.add(part)
-            part.__pydantic_config__ = {"extra": "forbid", "arbitrary_types_allowed": True}  # type: ignore[attr-defined]
+            part.__pydantic_config__ = CLOSED  # type: ignore[attr-defined]
             for hint in get_type_hints(part).values():
                 _close(hint, seen)
 

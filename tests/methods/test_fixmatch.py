@@ -226,7 +226,7 @@ def test_the_papers_learning_rate_ends_at_a_cosine_of_seven_sixteenths_of_pi():
     [
         ({"min_confidence": 2.0}, r"min_confidence = 2.0: must be in \[0, 1\]"),
         ({"min_confidence": -0.1}, "min_confidence = -0.1"),
-        ({"unlabelled_weight": 0.0}, "unlabelled_weight = 0.0: must be > 0; use Supervised"),
+        ({"unlabelled_weight": 0.0}, "unlabelled_weight = 0.0: must be > 0 and finite; use Supervised"),
         ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
     ],
 )

@@ -136,6 +136,7 @@ def test_one_labelled_and_one_unlabelled_image_are_enough():
         ({"temperature": 0.0}, "temperature = 0.0: must be > 0"),
         ({"alpha": -1.0}, "alpha = -1.0: must be > 0"),
         ({"unlabelled_weight": -1.0}, "unlabelled_weight = -1.0: must be >= 0"),
+        ({"unlabelled_weight": math.inf}, "unlabelled_weight = inf: must be >= 0 and finite"),
         ({"ramp": 2.0}, r"ramp = 2.0: must be in \[0, 1\]"),
         ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
     ],

@@ -69,5 +69,5 @@ def test_equal_logits_cost_log_k_for_every_target(smoothing):
 
 
 def test_a_zero_weight_on_unlabelled_images_is_refused_with_advice():
-    with pytest.raises(ValueError, match="unlabelled_weight = 0.0: must be > 0; use Supervised"):
+    with pytest.raises(ValueError, match="unlabelled_weight = 0.0: must be > 0 and finite; use Supervised"):
         NoisyStudentConfig(unlabelled_weight=0.0)

@@ -143,6 +143,7 @@ def test_one_labelled_and_one_unlabelled_image_are_enough(annealing, progress):
         ({"temperature": 0.0}, "temperature = 0.0: must be > 0"),
         ({"min_confidence": 2}, r"min_confidence = 2: must be in \[0, 1\]"),
         ({"unlabelled_weight": -1.0}, "unlabelled_weight = -1.0: must be >= 0"),
+        ({"unlabelled_weight": math.inf}, "unlabelled_weight = inf: must be >= 0 and finite"),
         ({"annealing": "cosine"}, "annealing = cosine: must be one of none, linear, exp, log"),
         ({"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
     ],
