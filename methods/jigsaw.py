@@ -206,8 +206,23 @@ class Jigsaw(Method):
         return self.encoder(images)
 
 
-class JigsawPlus(Jigsaw):
+class JigsawPlus(Method):
     """Jigsaw with tiles of the next image of the batch among an image's own, so that two tiles do not give it away."""
 
     Config = JigsawPlusConfig
     needs_distinct = True  # an image's own tiles are no strangers
+    clean_norm = True  # trains on tiles
+
+    def __init__(self, encoder: Encoder, config: JigsawPlusConfig, *, classes: int, images: int) -> None:
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        self.task = JigsawTask(encoder, config)
+
+    def views(self, pixels: int) -> tuple[View, ...]:
+        return (View("image", self.config.augment.build(pixels)),)
+
+    def training_step(self, batch: Batch, progress: float) -> Losses:
+        return self.task(self.encoder, batch["image"], Draws(batch["unlabelled.key"]))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
