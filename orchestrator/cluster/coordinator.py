@@ -8,8 +8,9 @@ again finds it by its name.
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,14 @@ class Coordinator:
         self.unit = next(one for one in units(self.plan) if one.name == unit)
         resources = replace(recipe.resources, threads=threads or recipe.resources.threads)
         self.setting = Setting(store, folder, resources, Recorder(folder), prepared.prefix(self.plan))
-        self.notices: list[str] = []
+        self.life = uuid.uuid4().hex  # another one after a restart
+        self.said: list[str | Outcome] = []  # notices and outcomes, in the order in which they came
 
     def run(self) -> dict[str, Any]:
         """The outcomes, and how it ended: {"outcomes", "interrupted", "error"}. An exception would be an accident."""
         try:
             workers = RayWorkers(self.setting.resources)
-            outcomes = run_unit(self.unit, self.plan, self.setting, workers, self.notices.append)
+            outcomes = run_unit(self.unit, self.plan, self.setting, workers, self.said.append, self.said.append)
             return {"outcomes": outcomes, "interrupted": False, "error": None}
         except Interrupted:
             return {"outcomes": [], "interrupted": True, "error": None}
@@ -59,13 +61,12 @@ class Coordinator:
             if self.setting.recorder is not None:
                 self.setting.recorder.flush()
 
-    def status(self, seen: int = 0) -> dict[str, Any]:
-        """Where it stands, at any moment: the stages' outcomes, the notices after the first `seen`, and how many there
-        are: fewer than `seen` after a restart, and then all are new."""
+    def status(self, life: str = "", seen: int = 0) -> dict[str, Any]:
+        """Where it stands, at any moment: the stages' outcomes, and what it said after the first `seen` of this `life`;
+        all of it to whoever knows it from before a restart, or not yet."""
         names = [self.setting.prefix + stage.name for stage in self.unit.stages]
-        count = len(self.notices)
-        new = self.notices[seen if seen <= count else 0 : count]
-        return {"stages": read_outcomes(self.setting.folder, names), "notices": new, "heard": count}
+        said = self.said[seen if life == self.life else 0 :]
+        return {"stages": read_outcomes(self.setting.folder, names), "said": said, "life": self.life}
 
 
 CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4)(Coordinator)
@@ -87,41 +88,60 @@ class _Coordinated:
     setting: Setting
     actor: Any
     pending: ray.ObjectRef
-    heard: int = 0
+    notice: Callable[[str], None]
+    finished: Callable[[Outcome], None]
+    life: str = ""
+    heard: int = 0  # of that life
+    told: set[str] = field(default_factory=set)  # stages: one that was killed comes to them again
 
     @staticmethod
-    def start(unit: Unit, plan: Plan, setting: Setting, threads: int | None = None, **resources: float) -> _Coordinated:
+    def start(
+        unit: Unit, plan: Plan, setting: Setting, notice: Callable[[str], None], finished: Callable[[Outcome], None],
+        threads: int | None = None, **resources: float,
+    ) -> _Coordinated:  # fmt: skip
         """Start it, or find it at work."""
         name = coordinator_name(unit, setting)
         options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
         actor = CoordinatorActor.options(**options, **resources).remote(
             unit.name, setting.store.root, setting.folder.name, plan.seed, threads
         )
-        return _Coordinated(unit, plan, setting, actor, actor.run.remote())
+        return _Coordinated(unit, plan, setting, actor, actor.run.remote(), notice, finished)
 
-    def listen(self, notice: Callable[[str], None]) -> None:
+    def listen(self) -> None:
         """Pass on what it has said since."""
         try:
-            status = ray.get(self.actor.status.remote(self.heard), timeout=5)
+            status = ray.get(self.actor.status.remote(self.life, self.heard), timeout=5)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             return  # it is busy, or being restarted
-        for line in status["notices"]:
-            notice(line)
-        self.heard = status["heard"]
+        if status["life"] != self.life:
+            self.life, self.heard = status["life"], 0
+        self.heard += len(status["said"])
+        for item in status["said"]:
+            if isinstance(item, Outcome):
+                self._tell(item)
+            else:
+                self.notice(item)
 
-    def end(self, notice: Callable[[str], None]) -> list[Outcome]:
+    def _tell(self, outcome: Outcome) -> None:
+        if outcome.name not in self.told:
+            self.told.add(outcome.name)
+            self.finished(outcome)
+
+    def end(self) -> list[Outcome]:
         """What came of it.
 
         Raises:
             Interrupted: the user asked to stop. UserError: something the user can mend.
         """
         end = ray.get(self.pending)
-        self.listen(notice)
+        self.listen()
         ray.kill(self.actor)
         if end["interrupted"]:
             raise Interrupted
         if end["error"]:
             raise UserError(end["error"])
+        for outcome in end["outcomes"]:
+            self._tell(outcome)
         return end["outcomes"]
 
 
@@ -130,13 +150,10 @@ def coordinated(
     finished: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:  # fmt: skip
     """Run a unit in its coordinator, passing on what it says. The same contract as `run_unit`."""
-    running = _Coordinated.start(unit, plan, setting)
+    running = _Coordinated.start(unit, plan, setting, notice, finished)
     while not ray.wait([running.pending], timeout=POLL_SECONDS)[0]:
-        running.listen(notice)
-    outcomes = running.end(notice)
-    for outcome in outcomes:
-        finished(outcome)
-    return outcomes
+        running.listen()
+    return running.end()
 
 
 def run_together(
@@ -163,8 +180,6 @@ def run_together(
     def ended(setting: Setting, unit: Unit, found: list[Outcome]) -> None:
         answered.add(setting.prefix + unit.name)
         outcomes.extend(found)
-        for outcome in found:
-            finished(outcome)
 
     while running or (waiting and broken is None):
         for item in [] if broken else list(waiting):
@@ -174,9 +189,9 @@ def run_together(
             if not ready or shared:
                 continue
             if all(setting.store.has(key) for key in unit.keys):
-                ended(setting, unit, run_unit(unit, plan, setting, None, notice))
+                ended(setting, unit, run_unit(unit, plan, setting, None, notice, finished))
             elif len(running) < limit:
-                started = _Coordinated.start(unit, plan, setting, threads, **each)
+                started = _Coordinated.start(unit, plan, setting, notice, finished, threads, **each)
                 running[started.pending] = started
             else:
                 continue
@@ -185,11 +200,11 @@ def run_together(
             continue
         done, _ = ray.wait(list(running), timeout=POLL_SECONDS)
         for one in running.values():
-            one.listen(notice)
+            one.listen()
         for pending in done:
             one = running.pop(pending)
             try:
-                ended(one.setting, one.unit, one.end(notice))
+                ended(one.setting, one.unit, one.end())
             except (UserError, Interrupted) as stop:
                 broken = stop if broken is None or isinstance(stop, UserError) else broken
                 (one.setting.folder / "stop").touch()  # the others stop after their step

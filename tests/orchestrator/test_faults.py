@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 from orchestrator.artifacts import Labels
 from orchestrator.cluster.coordinator import Coordinator
 from orchestrator.context import Context
+from orchestrator.pipeline import Outcome
 from orchestrator.recipe import parse
 from orchestrator.run import execute, prepare
 from orchestrator.stages.train import Fit
@@ -404,11 +406,17 @@ def test_a_driver_killed_in_the_second_round_goes_on_there_without_waiting(drive
     first.reached()
     first.ask("NoisyStudent 0.50")
     first.reached()
+    eventually(lambda: told(first, "students.0.gate"), "the first round's end is told while the second runs")
     first.kill()  # its coordinator still waits in the step, and holds the stage's lock until Ray ends it
     before = finished(store)
     result = driver(store=store).result()
     assert states(result)["students.1.student"] == "resumed"
     assert_went_on(result, store, before, unbroken)
+
+
+def told(run, stage):
+    """How often the output says that a stage without a progress bar is done."""
+    return len(re.findall(rf"^{re.escape(stage)} ", run.output, re.MULTILINE))
 
 
 COORDINATOR_MOMENTS = [
@@ -430,19 +438,25 @@ def test_a_coordinator_killed_comes_back_and_the_run_ends_as_if_nothing_happened
     result = run.result()
     assert (digests(result), ledger(store, result)) == unbroken
     assert {key: value for key, value in finished(store).items() if key in before} == before
+    assert told(run, "students.0.gate") == told(run, "students.1.gate") == 1
     if moment.startswith("NoisyStudent"):
         assert states(result)["students.0.student"] == "resumed"
 
 
-def test_a_coordinator_tells_every_notice_once_and_all_of_them_again_after_a_restart(store):
+def test_a_coordinator_tells_everything_once_and_all_of_it_again_after_a_restart(store):
     prepared = prepare(parse(WAITING), store, label="small")
     prepared.folder.mkdir(parents=True)
     (prepared.folder / "recipe.yaml").write_text(prepared.recipe.text, encoding="utf-8")
     coordinator = Coordinator("students", store, prepared.name, 0)
-    coordinator.notices += ["one", "two", "three"]
-    assert (coordinator.status(1)["notices"], coordinator.status(1)["heard"]) == (["two", "three"], 3)
-    assert coordinator.status(3)["notices"] == []
-    assert (coordinator.status(9)["notices"], coordinator.status(9)["heard"]) == (["one", "two", "three"], 3)
+    outcome = Outcome("students.0.pseudo", "PseudoLabel", "key", "ran")
+    coordinator.said += ["one", outcome, "three"]
+    first = coordinator.status()
+    assert first["said"] == ["one", outcome, "three"]
+    assert coordinator.status(first["life"], 1)["said"] == [outcome, "three"]
+    assert coordinator.status(first["life"], 3)["said"] == []
+    restarted = Coordinator("students", store, prepared.name, 0)
+    restarted.said += ["one", "two", "three", "four"]
+    assert restarted.status(first["life"], 3)["said"] == ["one", "two", "three", "four"]
 
 
 @pytest.mark.slow
