@@ -31,9 +31,9 @@ def norm_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Inside, batch norm normalises with the batch's statistics but does not add them to its running ones."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
+    for norm, (_, batches) in zip(norms, saved, strict=True):
         norm.momentum = 0.0
-        norm.num_batches_tracked = None  # else it would be counted up
+        norm.num_batches_tracked = None if batches is None else batches.clone()  # a count that is thrown away
     try:
         yield
     finally:

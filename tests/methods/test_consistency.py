@@ -101,8 +101,9 @@ def test_ramps_by_hand():
     assert linear_ramp(0.0, 0.0) == 1.0
 
 
-def test_kept_norm_statistics_are_bit_equal_and_others_move():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])  # the latter where several GPUs train together
+def test_kept_norm_statistics_are_bit_equal_and_others_move(norm):
+    model = nn.Sequential(nn.Linear(3, 4), norm(4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with norm_statistics_kept(model):
         inside = model(torch.arange(12.0).view(4, 3))
