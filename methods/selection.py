@@ -25,6 +25,24 @@ class Selection:
     reason: Tensor
 
 
+def even_limit(count: Tensor, share: float) -> int:
+    """The most images a class may keep, of the `count` (K,) that each has, for none to hold more than `share` of all.
+
+    980, 5, 5, 5, 5 at 0.8 give 80. Where there are too few classes for that share, as many of each as the rarest has;
+    of a single class no limit helps, and its count comes back.
+    """
+    low, high = 1, int(count.max())
+    present = int((count > 0).sum())
+    if present < 2:
+        return high
+    share = max(share, 1 / present + 1e-9)
+    while low < high:  # the share of the largest class rises with the limit
+        middle = (low + high + 1) // 2
+        fits = middle <= share * int(count.clamp(max=middle).sum())
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
 def select(
     confidence: Tensor, label: Tensor, *, min_confidence: float, per_class: int | None,
     balance: Literal["none", "limit", "replicate"], draws: Draws,

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from methods.selection import REASONS, Selection, select
+from methods.selection import REASONS, Selection, even_limit, select
+from methods.views.draws import Draws
 from orchestrator.artifacts import Checkpoint, Labels
 from orchestrator.context import Context
 from orchestrator.corrections import Corrections, read
@@ -32,8 +33,9 @@ ROWS = 2048  # of the ledger that are made and written together
 class PseudoLabel(Stage):
     """Noisy Student's step 2: Xie et al. 2020, arXiv:1911.04252, section 3.1.
 
-    Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the most
-    confident images of every predicted class are taken instead (`guard: adapt`), or the rounds end (`guard: stop`).
+    Guards: with fewer than `min_kept` images kept, or one class holding more than `max_class_share` of them, the rounds
+    end (`guard: stop`), or fewer of the large classes are kept, so that none holds more; where too few or one class
+    alone are confident, that is of the most confident `adapt_share` of every predicted class (`guard: adapt`).
     With a hold-out also: labels no better than guesses, less often right than in the round before, or given to images
     unlike the hold-out, are a warning (`adapt`) or end the rounds (`stop`).
 
@@ -42,7 +44,7 @@ class PseudoLabel(Stage):
     never is. The key holds those rows, so that a review of one round leaves the answers up to that round as they are.
     """
 
-    version = 2  # since 2 noise that a teacher is sure of is told too
+    version = 3  # since 3 the guard evens the classes, which it did not
 
     min_confidence: float = 0.3  # the paper's threshold for soft labels; 0.8 and more suits hard ones
     balance: Literal["none", "limit", "replicate"] = "replicate"  # the paper's
@@ -133,10 +135,11 @@ class PseudoLabel(Stage):
         if trouble and self.guard == "stop":
             raise StopRound(f"{trouble}; lower min_confidence, train the teacher longer, or set guard: adapt")
         if trouble:
-            context.notice(
-                f"{trouble}: took the most confident {self.adapt_share:.0%} of every predicted class instead"
-            )
-            chosen = _with_hands(lambda rows: self._most_confident(rank[rows], label[rows]), by_hand)
+            kept = label[chosen.copies > 0]
+            wide = len(kept) < self.min_kept or len(kept.unique()) < 2
+            every = f"took the most confident {self.adapt_share:.0%} of every predicted class instead"
+            context.notice(f"{trouble}: {every if wide else 'kept only the most confident of it'}")
+            chosen = _with_hands(lambda rows: self._even(rank[rows], label[rows], draws[rows], classes, wide), by_hand)
         facts |= self._health(label, chosen, classes) | {"mean_confidence": float(sure.mean())}
         if on_holdout:
             facts |= on_holdout
@@ -161,18 +164,30 @@ class PseudoLabel(Stage):
             return (f"only {int(kept.sum())} of {len(kept)} images reach min_confidence {self.min_confidence} (the "
                     f"most confident has {float(sure.max()):.2f}), min_kept is {self.min_kept}")  # fmt: skip
         share = torch.bincount(label[kept]).max() / kept.sum()
-        limit = self.max_class_share if classes > 2 else 0.999
+        limit = health.class_limit(self.max_class_share, classes)
         return (
             f"one class holds {float(share):.0%} of the kept images, more than {limit:.0%}" if share > limit else None
         )
 
-    def _most_confident(self, confidence: Tensor, label: Tensor) -> Selection:
-        copies = torch.zeros(len(label), dtype=torch.long)
-        for k in label.unique().tolist():
-            rows = (label == k).nonzero()[:, 0]
-            order = confidence[rows].argsort(descending=True, stable=True)
-            copies[rows[order[: max(1, round(len(rows) * self.adapt_share))]]] = 1
-        return Selection(copies, torch.where(copies > 0, 0, 2))
+    def _even(self, confidence: Tensor, label: Tensor, draws: Draws, classes: int, wide: bool) -> Selection:
+        """Fewer images of the large classes, the most confident ones, so that none holds more than its limit: of the
+        confident images, or, `wide`, of the most confident share of every predicted class, each once."""
+        among = confidence >= self.min_confidence
+        if wide:
+            among = torch.zeros_like(among)
+            for k in label.unique().tolist():
+                rows = (label == k).nonzero()[:, 0]
+                order = confidence[rows].argsort(descending=True, stable=True)
+                among[rows[order[: max(1, round(len(rows) * self.adapt_share))]]] = True
+        count = torch.bincount(label[among], minlength=classes)
+        most = even_limit(count, health.class_limit(self.max_class_share, classes))
+        if self.per_class is not None:
+            most = min(most, self.per_class)
+        chosen = select(
+            confidence.masked_fill(~among, -1.0), label, min_confidence=0.0, per_class=most, draws=draws,
+            balance="replicate" if self.balance == "replicate" and not wide else "limit",
+        )  # fmt: skip
+        return Selection(chosen.copies, torch.where(chosen.copies > 0, 0, 2)) if wide else chosen
 
     def _health(self, label: Tensor, chosen: Selection, classes: int) -> dict[str, Any]:
         kept = chosen.copies > 0

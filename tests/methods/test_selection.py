@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.selection import REASONS, select
+from methods.selection import REASONS, even_limit, select
 from methods.views.draws import Draws
 
 
@@ -63,3 +63,21 @@ def test_nothing_confident_keeps_nothing():
     p = torch.full((5, 4), 0.25)
     chosen = select(*p.max(dim=1), min_confidence=0.9, per_class=None, balance="replicate", draws=draws(5))
     assert chosen.copies.sum() == 0
+
+
+def test_the_limit_that_evens_classes_by_hand():
+    assert even_limit(torch.tensor([980, 5, 5, 5, 5]), 0.8) == 80
+    assert even_limit(torch.tensor([3, 0, 4]), 0.6) == 4  # none holds more anyway
+    assert even_limit(torch.tensor([0, 7]), 0.8) == 7  # one class alone stays alone
+    assert even_limit(torch.tensor([9, 9]), 0.3) == 9 and even_limit(torch.tensor([9, 4]), 0.3) == 4
+
+
+@given(count=st.lists(st.integers(0, 300), min_size=2, max_size=6), share=st.floats(0.5, 1.0))
+def test_a_limit_that_evens_classes_is_the_largest_that_does(count, share):
+    count = torch.tensor(count)
+    if int((count > 0).sum()) < 2:
+        return
+    limit = even_limit(count, share)
+    assert count.clamp(max=limit).max() <= share * count.clamp(max=limit).sum()
+    if limit < count.max():
+        assert limit + 1 > share * count.clamp(max=limit + 1).sum()
