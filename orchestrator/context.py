@@ -128,8 +128,9 @@ class Context:
         with contextlib.suppress(FileNotFoundError):
             return torch.from_numpy(np.load(path))
         found = self._forward(checkpoint, images, "features")
-        self.features.mkdir(exist_ok=True)
-        replace_file(path, lambda part: _save(part, found))
+        with contextlib.suppress(FileNotFoundError):  # another run ended and took the folder away
+            self.features.mkdir(exist_ok=True)
+            replace_file(path, lambda part: _save(part, found))
         return found
 
     def extract_taps(self, checkpoint: Checkpoint, images: Images) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,7 +25,7 @@ from orchestrator.data.images import Images
 from orchestrator.errors import UserError
 from orchestrator.plan import Plan, Planned, Unit, units
 from orchestrator.recipe import Resources
-from orchestrator.records import Recorder
+from orchestrator.records import Recorder, Status
 from orchestrator.stage import StopRound, inputs_of
 from orchestrator.store import Store, replace_file
 
@@ -178,6 +178,7 @@ def run_stage(
             outcome.state, outcome.note = "failed", str(error)
             with contextlib.suppress(OSError):  # the disk may be what failed
                 setting.tell(outcome)
+                _record_end(outcome, planned, setting, "FAILED")
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise UserError(f"store {store.root}: {planned.name}: {error.strerror}; free some space and run the "
                                 f"same command again: it goes on from its last checkpoint") from error  # fmt: skip
@@ -209,7 +210,7 @@ def _record_start(planned: Planned, setting: Setting) -> None:
     setting.recorder.start(run, parent=parent, name=planned.name, tags=tags, params=params)
 
 
-def _record_end(outcome: Outcome, planned: Planned, setting: Setting, status: Literal["FINISHED", "KILLED"]) -> None:
+def _record_end(outcome: Outcome, planned: Planned, setting: Setting, status: Status) -> None:
     if setting.recorder is None:
         return
     run, parent = setting.run_of(planned)
@@ -280,24 +281,33 @@ def _run_rounds(
         for number in sorted({stage.round for stage in unit.stages if stage.round is not None}):
             tags = {"stage": "round", "round": str(number)}
             setting.recorder.start(f"{top}.{number}", parent=top, name=f"{group} {number}", tags=tags, params={})
-    for planned in unit.stages:
-        name = setting.prefix + planned.name
-        outcome = Outcome(name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
-        if not over:
-            try:
-                outcome = run_stage(planned, plan, setting, workers, notice)
-                if outcome.facts.get("action") == "stopped":
-                    over = f"the rounds ended at {planned.name}: {outcome.facts['reason']}"
-            except StopRound as stop:
-                outcome.note = over = f"the rounds ended at {planned.name}: {stop}"
-                notice(over)
-        if outcome.state == "skipped":
-            setting.tell(outcome)
-        outcomes.append(outcome)
-        finished(outcome)
-    if setting.recorder is not None:
-        for run in {setting.run_of(s)[1] for s in unit.stages} | {f"{setting.prefix}{group}"}:
-            setting.recorder.end(run, "FINISHED")
+
+    def end(status: Status) -> None:
+        if setting.recorder is not None:
+            for run in {setting.run_of(s)[1] for s in unit.stages} | {f"{setting.prefix}{group}"}:
+                setting.recorder.end(run, status)
+
+    try:
+        for planned in unit.stages:
+            name = setting.prefix + planned.name
+            outcome = Outcome(name, planned.kind, planned.key, "skipped", round=planned.round, note=over)
+            if not over:
+                try:
+                    outcome = run_stage(planned, plan, setting, workers, notice)
+                    if outcome.facts.get("action") == "stopped":
+                        over = f"the rounds ended at {planned.name}: {outcome.facts['reason']}"
+                except StopRound as stop:
+                    outcome.note = over = f"the rounds ended at {planned.name}: {stop}"
+                    notice(over)
+            if outcome.state == "skipped":
+                setting.tell(outcome)
+            outcomes.append(outcome)
+            finished(outcome)
+    except BaseException as stop:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            end("KILLED" if isinstance(stop, Interrupted | SystemExit) else "FAILED")
+        raise
+    end("FINISHED")
     return outcomes
 
 

@@ -128,6 +128,7 @@ def execute(
     """
     begin = started if started is not None else time.perf_counter()
     store, folder, recipe = prepared.store, prepared.folder, prepared.recipe
+    (folder / "stop").unlink(missing_ok=True)  # an earlier run's; who asks while Ray starts is heard at the first stage
     todo = [stage for plan in prepared.plans for stage in plan.stages if not store.has(stage.key)]
     if todo and use_ray:
         from orchestrator.cluster.connect import connect, joined, preflight
@@ -142,7 +143,6 @@ def execute(
         if problems:
             raise report(prepared.label, problems)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stop").unlink(missing_ok=True)
     uri = tracking_uri(store.root)
     recorder = Recorder(folder)
     sender = Sender(folder, uri=uri, experiment=recipe.name, load_model=lambda key: load_for_registry(store, key))

@@ -72,6 +72,14 @@ def foreign(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
     return found
 
 
+def unlabelled(wiring: Wiring, *names: str) -> list[tuple[str, str]]:
+    """What is wrong with images whose labels a stage reads: with none it would measure, or learn from, nothing."""
+    return [
+        (f"inputs.{name}", f"{', '.join(wiring.targets[name])} has no labels, and {name} are read for theirs")
+        for name in names if name in wiring.images and not any(part.labelled.any() for part in wiring.images[name])
+    ]  # fmt: skip
+
+
 def several_labels(stage: Stage, wiring: Wiring) -> list[tuple[str, str]]:
     """What is wrong with images of several labels where a stage needs one class an image."""
     found: list[tuple[str, str]] = []

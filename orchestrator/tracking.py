@@ -604,8 +604,8 @@ def _mlflow_metrics(record: dict[str, Any]) -> list[Any]:
 
 
 def _key(name: str) -> str:
-    """A name MLflow takes: letters, digits, underscore, dash, dot, space, colon and slash."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
+    """A name MLflow takes: letters and digits of any alphabet, underscore, dash, dot, space, colon and slash."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:_KEY_CHARACTERS]
 
 
 def _text(value: Any) -> str:

@@ -133,7 +133,11 @@ class _Coordinated:
         Raises:
             Interrupted: the user asked to stop. UserError: something the user can mend.
         """
-        end = ray.get(self.pending)
+        try:
+            end = ray.get(self.pending)
+        except ray.exceptions.RayError:  # a program's fault: the next coordinator imports the mended code
+            ray.kill(self.actor)
+            raise
         self.listen()
         ray.kill(self.actor)
         if end["interrupted"]:

@@ -11,7 +11,7 @@ from methods.metrics import wilson_interval
 from orchestrator.artifacts import Checkpoint, Decision
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage, Wiring, foreign
+from orchestrator.stage import Stage, Wiring, foreign, unlabelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Gate(Stage):
             raise ValueError(f"tolerance = {self.tolerance}: must be in [0, 1)")
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
-        return foreign(wiring, "teacher", "student")
+        return foreign(wiring, "teacher", "student") + unlabelled(wiring, "images")
 
     def run(
         self, context: Context, *, teacher: Checkpoint, student: Checkpoint, images: Images | None = None

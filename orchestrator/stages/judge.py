@@ -17,7 +17,7 @@ from orchestrator.artifacts import Checkpoint, Verdict
 from orchestrator.comparison import t_interval
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage, Wiring, foreign
+from orchestrator.stage import Stage, Wiring, foreign, unlabelled
 from orchestrator.stages.train import Train
 
 
@@ -34,8 +34,8 @@ class Judge(Stage):
     scores_test: ClassVar[bool] = True
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
-        if alien := foreign(wiring, "baseline", "final", "arms"):
-            return alien
+        if wrong := foreign(wiring, "baseline", "final", "arms") + unlabelled(wiring, "images"):
+            return wrong
         baseline = next((s for s in wiring.stages["baseline"] if isinstance(s, Train)), None)
         finals = [s for s in wiring.stages["final"] if isinstance(s, Train)]
         if baseline is None or not finals:

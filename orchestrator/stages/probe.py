@@ -26,7 +26,7 @@ from methods.views.draws import Draws
 from orchestrator.artifacts import Checkpoint, Scores
 from orchestrator.context import Context
 from orchestrator.data.images import Images
-from orchestrator.stage import Stage, Wiring, foreign
+from orchestrator.stage import Stage, Wiring, foreign, unlabelled
 from orchestrator.svm import svm_map
 
 Protocol = Literal["classifier", "knn", "linear", "layers", "retrieval", "clusters", "svm"]
@@ -72,12 +72,12 @@ class Probe(Stage):
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         if "images" not in wiring.images:
-            return [
+            return unlabelled(wiring, "labelled") + [
                 ("inputs.images", f"missing: {protocol} needs other images than `labelled` to be judged by")
                 for protocol in ("classifier", "svm") if protocol in self.protocols
             ]  # fmt: skip
-        if several := self._several(wiring):
-            return several
+        if wrong := unlabelled(wiring, "labelled", "images") or self._several(wiring):
+            return wrong
         return foreign(wiring, "model") if "classifier" in self.protocols else []
 
     def _several(self, wiring: Wiring) -> list[tuple[str, str]]:

@@ -12,11 +12,15 @@ from orchestrator.context import Context, Interrupted
 from orchestrator.errors import UserError
 from orchestrator.plan import why
 from orchestrator.recipe import parse
+from orchestrator.records import read_records
 from orchestrator.run import execute, prepare
+from orchestrator.runs import read_outcomes
+from orchestrator.stages.pseudo_label import PseudoLabel
 from orchestrator.stages.train import Fit
 from orchestrator.store import Store
 from orchestrator.training import checkpoint as training_state
 from orchestrator.training.loop import make_batch
+from tests.conftest import SMALL
 
 pytestmark = pytest.mark.usefixtures("untracked")
 
@@ -37,8 +41,6 @@ def states(result):
 @pytest.fixture(scope="module")
 def first(untracked, tmp_path_factory):
     """One run that later tests copy or repeat."""
-    from tests.conftest import SMALL
-
     root = tmp_path_factory.mktemp("store") / "größe und raum"
     return root, run(SMALL, root)
 
@@ -141,6 +143,58 @@ def test_a_full_disk_at_commit_is_one_line_and_nothing_is_lost(first, small, tmp
             run(small, root)
     result = run(small, root)
     assert states(result)["pretrain"] == "resumed" and digests(result) == digests(first[1])
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("data.test.labels=false", "stages.verdict.inputs.images  test has no labels"),
+    ("stages.probe.inputs.labelled=unlabelled", "stages.probe.inputs.labelled  unlabelled has no labels"),
+    ("stages.probe.inputs.images=unlabelled", "stages.probe.inputs.images  unlabelled has no labels"),
+    ("stages.students.gate.images=unlabelled", "unlabelled has no labels"),
+])  # fmt: skip
+def test_images_whose_labels_are_read_and_that_have_none_are_refused_before_training(
+    small, tmp_path, override, expected
+):
+    with pytest.raises(UserError) as caught:
+        run(small, tmp_path / "s", override)
+    assert expected in str(caught.value)
+
+
+def test_who_asks_to_stop_while_ray_starts_is_heard_at_the_first_stage(small, tmp_path, monkeypatch):
+    prepared = prepare(parse(small), tmp_path / "s", label="small")
+    prepared.folder.mkdir(parents=True)
+    (prepared.folder / "stop").touch()  # an earlier run's, which this one is to forget
+
+    def slowly(resources):
+        assert not (prepared.folder / "stop").exists()
+        (prepared.folder / "stop").touch()
+
+    monkeypatch.setattr("orchestrator.cluster.connect.connect", slowly)
+    with pytest.raises(Interrupted):
+        execute(prepared)
+    assert read_outcomes(prepared.folder, prepared.stage_names()) == []  # nothing was begun
+
+
+def test_a_stage_that_fails_ends_its_record_and_those_of_its_round_as_failed(small, tmp_path, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(PseudoLabel, "_trouble", broken)
+    prepared = prepare(parse(small), tmp_path / "s", label="small")
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        execute(prepared, use_ray=False)
+    ended = {record["run"]: record["status"] for record, _ in read_records(prepared.folder) if record["kind"] == "end"}
+    assert ended["teacher"] == "FINISHED"
+    assert {name: ended[name] for name in ("students.0.pseudo", "students.0", "students", "run")} == dict.fromkeys(
+        ("students.0.pseudo", "students.0", "students", "run"), "FAILED"
+    )
+
+
+def test_features_whose_folder_another_run_took_away_are_there_all_the_same(first, tmp_path):
+    store = Store.open(first[0])
+    checkpoint = store.open_artifact(next(s["key"] for s in first[1].stages if s["name"] == "pretrain"))
+    images = prepare(parse(SMALL), first[0], label="small").plans[0].images["test"]
+    context = Context(tmp_path, tmp_path, 0, images.classes, features=tmp_path / "gone" / "features")
+    assert context.extract(checkpoint, images).shape[0] == len(images)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_advice(small, tmp_path):
@@ -261,8 +315,6 @@ def test_contrastive_batches_larger_than_the_set_are_refused_before_training(sma
 def test_two_streams_read_the_rows_the_ledger_kept(first, soft):
     store = Store.open(first[0])
     keys = {s["name"]: s["key"] for s in first[1].stages}
-    from tests.conftest import SMALL
-
     recipe = parse(SMALL, overrides=[f"stages.students.stages.student.method.soft={soft}"])
     plan = prepare(recipe, first[0], label="small").plans[0]
     labels = store.open_artifact(keys["students.0.pseudo"])

@@ -120,7 +120,7 @@ def test_pipeline_stage_and_round_arrive_nested_with_their_values(store):
     recorder.start("s", parent="top", name="pretrain", tags={}, params={"lr": 0.5, "betas": [0.9, 0.99], "opt": "lars"})
     recorder.start("r", parent="s", name="round 0", tags={"teacher": "3f9c"}, params={"long": "x" * 7000})
     for step in range(2500):
-        recorder.metrics("r", {"loss": 1 / (1 + step), "a (odd) näme": step}, step)
+        recorder.metrics("r", {"loss": 1 / (1 + step), "a (odd) näme": step, "кот": step, "кит": -step}, step)
     recorder.data("r", "train", "d" * 64, "/data/train", "training")
     recorder.tags("s", {"verdict": "kept"})
     recorder.end("r", "FINISHED")
@@ -139,7 +139,8 @@ def test_pipeline_stage_and_round_arrive_nested_with_their_values(store):
     assert len(round_.data.params["long"]) == 6000
     assert round_.data.params["long"].endswith("x … cut, 7000 characters")
     assert history_of(store, round_, "loss") == [(step, 1 / (1 + step)) for step in range(2500)]
-    assert history_of(store, round_, "a _odd_ n_me") == [(step, step) for step in range(2500)]
+    assert history_of(store, round_, "a _odd_ näme") == [(step, step) for step in range(2500)]
+    assert [history_of(store, round_, name)[7] for name in ("кот", "кит")] == [(7, 7), (7, -7)]  # not one curve
     (data,) = round_.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("train", "d" * 36)
     assert json.loads(data.dataset.profile) == {"digest": "d" * 64}
