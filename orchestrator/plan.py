@@ -13,6 +13,8 @@ from orchestrator.data.images import Images
 from orchestrator.data.splits import Data
 from orchestrator.recipe import Node, Recipe, Rounds, report
 from orchestrator.stage import Stage, Wiring, several_labels
+from orchestrator.stages.compare import Compare
+from orchestrator.stages.train import Train
 from orchestrator.store import Store
 
 
@@ -90,9 +92,10 @@ def waves(plan: Plan) -> dict[str, int]:
     return {stage.name: depth[stage.group or stage.name] for stage in plan.stages}
 
 
-def stage_seed(seed: int, round_number: int | None) -> int:
-    """Each round draws anew: a student that follows a refused one is not the same again."""
-    return seed if round_number is None else seed + 1009 * (round_number + 1)
+def stage_seed(seed: int, round_number: int | None, generation: int = 0) -> int:
+    """Each round draws anew: a student that follows a refused one is not the same again. Outside of rounds so does each
+    `generation` of students, lest one starts from the weights that its teacher started from."""
+    return seed + 9176 * generation if round_number is None else seed + 1009 * (round_number + 1)
 
 
 def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
@@ -103,17 +106,24 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
     """
     problems: list[tuple[str, str]] = []
     planned: dict[str, Planned] = {}
+    generations: dict[str, int] = {}  # of students in the line of each stage's inputs, itself among them
     for node in recipe.nodes:
+        taught = isinstance(node.stage, Train) and not node.inputs.keys().isdisjoint({"labels", "teacher"})
+        fresh = taught and "init" not in node.inputs
+        above = [recipe.rounds[target].gates[-1] if target in recipe.rounds else target
+                 for targets in node.inputs.values() for target in targets]  # fmt: skip
+        generations[node.name] = max((generations.get(name, 0) for name in above), default=0) + fresh
         wiring = _wiring(node, recipe, data, planned)
         empty = [target for targets in node.inputs.values() for target in targets
                  if target in data.splits and len(data.splits[target]) == 0]  # fmt: skip
         found = [(f"{node.where}.inputs", f"split {name} has no images") for name in empty] if empty else [
             (f"{node.where}.{path}", message)
             for path, message in (*several_labels(node.stage, wiring), *node.stage.problems(wiring))]  # fmt: skip
+        found += _of_other_images(node, data, planned)
         problems += found
         if found:
             continue
-        drawn_from = stage_seed(recipe.seed + seed, node.round)
+        drawn_from = stage_seed(recipe.seed + seed, node.round, generations[node.name] if fresh else 0)
         resolved = node.stage.resolved(wiring)
         question = {
             "stage": f"{type(node.stage).__module__}.{type(node.stage).__qualname__}", "version": node.stage.version,
@@ -127,9 +137,27 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
         planned[node.name] = Planned(node.name, node.stage, key, drawn_from, node.inputs, question,
                                      node.stage.work(wiring), node.round, node.group,
                                      node.stage.vocabulary(wiring))  # fmt: skip
+    if not problems:  # else keys may be equal because what they rest on is broken
+        for node in recipe.nodes:
+            if isinstance(node.stage, Compare):
+                same = node.stage.same({name: planned[name].key for name in node.inputs["scores"]})
+                problems += [(f"{node.where}.{path}", message) for path, message in same]
     if problems:
         raise report(label, problems)
     return Plan(recipe.name, recipe.seed + seed, tuple(planned.values()), recipe.rounds, data.splits, data.classes)
+
+
+def _of_other_images(node: Node, data: Data, planned: Mapping[str, Planned]) -> list[tuple[str, str]]:
+    """What is wrong with labels of other images, or of the same in another order: they are joined row by row."""
+    found, ours = [], node.inputs.get("images", ())
+    for name in node.inputs.get("labels", ()):
+        theirs = planned[name].inputs.get("images", ()) if name in planned else ()
+        one, other = ([data.splits[target].fingerprint for target in part if target in data.splits]
+                      for part in (ours, theirs))  # fmt: skip
+        if one and other and one != other:
+            found.append((f"{node.where}.inputs.images", f"is [{', '.join(ours)}], and {name} has the labels of "
+                          f"[{', '.join(theirs)}]: give both the same images in the same order"))  # fmt: skip
+    return found
 
 
 def _wiring(node: Node, recipe: Recipe, data: Data, planned: Mapping[str, Planned]) -> Wiring:

@@ -54,11 +54,41 @@ def test_a_student_may_learn_from_a_teachers_labels_alone_and_soft_or_hard_is_no
     assert soft.stages[2]["digest"] != hard.stages[2]["digest"]
 
 
+def test_a_student_outside_of_rounds_starts_from_other_weights_than_its_teacher_unless_it_starts_from_it(tmp_path):
+    chain = """
+  again: {use: orchestrator.stages.pseudo_label.PseudoLabel, inputs: {teacher: student, images: unlabelled},
+          min_confidence: 0.0, max_class_share: 1.0}
+  second: {<<: *train, inputs: {images: unlabelled, labels: again}}
+  tuned: {<<: *train, inputs: {images: unlabelled, labels: again, init: student}}
+  beside: {<<: *train, inputs: {images: unlabelled, labels: soft}}
+"""
+    plan = prepare(parse(RECIPE + chain), tmp_path, label="labels").plans[0]
+    seed = {stage.name: stage.seed for stage in plan.stages}
+    assert seed["teacher"] == seed["soft"] == seed["tuned"] == 0
+    assert seed["student"] == seed["beside"] and len({seed["teacher"], seed["student"], seed["second"]}) == 3
+    weights = {}
+    for stage in plan.stages:
+        if stage.kind == "Train" and stage.name in ("teacher", "student", "second"):
+            torch.manual_seed(stage.seed)
+            weights[stage.name] = stage.stage.build(10, 0)[0].state_dict()
+    for one, other in (("teacher", "student"), ("student", "second"), ("teacher", "second")):
+        drawn = [name for name, value in weights[one].items() if name.endswith("weight") and value.ndim > 1]
+        assert drawn and not any(torch.equal(weights[one][name], weights[other][name]) for name in drawn)
+
+
 def test_images_without_labels_or_labels_without_images_are_refused(tmp_path):
     for override, expected in (
         ("stages.student.inputs.labels=null", "stages.student.inputs.labels  missing: Supervised learns from it"),
         ("stages.teacher.method.soft=true", "give inputs.images and inputs.labels"),
         ("stages.teacher.steps=-1", "steps = -1: must be >= 0"),
+        (
+            "stages.student.inputs.images=labelled",
+            "inputs.images  is [labelled], and soft has the labels of [unlabelled]: give",
+        ),
+        (
+            "stages.student.inputs.images=[unlabelled, labelled]",
+            "is [unlabelled, labelled], and soft has the labels of",
+        ),
     ):
         with pytest.raises(UserError) as caught:
             run(tmp_path, override)
