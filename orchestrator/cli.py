@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -60,13 +61,18 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
 
 
+def _quoted(text: str) -> str:
+    """Text as YAML that reads back as it is; not as JSON, whose surrogate pairs YAML does not join."""
+    return '"' + re.sub(r"[^ !#-\[\]-~]", lambda found: f"\\U{ord(found[0]):08X}", text) + '"'
+
+
 def _load(
     recipe: str, overrides: list[str] | None, labelled: str | None, unlabelled: str | None, test: str | None
 ) -> Recipe:
     from orchestrator.recipe import load
 
     given = {"labelled": labelled, "unlabelled": unlabelled, "test": test}
-    flags = [f"data.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+    flags = [f"data.{name}={_quoted(value)}" for name, value in given.items() if value is not None]
     return load(recipe, [*flags, *(overrides or [])])
 
 

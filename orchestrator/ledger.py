@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from orchestrator.store import Store, replace_file
 
 MATRIX_CLASSES = 12  # more columns fit no terminal
 SHOWN = 20  # moves between classes, where there is no matrix
+LONGEST_FOLDER = 200  # bytes of a class's name; file systems end at 255
 PROBLEMS = 100  # of a reviewed file that are told one by one
 
 
@@ -278,25 +279,61 @@ def _recipe(folder: Path) -> Recipe:
     return parse((folder / "recipe.yaml").read_text(encoding="utf-8"), label=f"{folder.name}/recipe.yaml")
 
 
+def _seed(store: Store, folder: Path, table: pa.Table, first: int) -> int:
+    """The seed of a stage that labelled all of these images, since each seed draws others; `first` where none is
+    recorded. An id is of what an image shows, so any stage that has them all gives the same pictures."""
+    for stage in read_head(folder)["stages"]:
+        if stage["kind"] == "PseudoLabel" and store.has(stage["key"]):
+            labels = store.open_artifact(stage["key"])
+            if isinstance(labels, Labels) and (_places(labels.table(["id"]), table) >= 0).all():
+                return stage.get("seed", first)
+    return first
+
+
+def _folders(names: Iterable[str]) -> dict[str, str]:
+    """Class name to a folder's name, for each another: the class itself, unless no folder can be called so or it would
+    lie elsewhere, such as T-shirt/top."""
+
+    def safe(name: str) -> str:
+        short = re.sub(r"[/\\\0]", "_", name).encode()[:LONGEST_FOLDER].decode(errors="ignore")
+        return short if short.strip(".") else f"_{short}"
+
+    found: dict[str, str] = {}
+    taken = {"labels.csv"}
+    for name in sorted(set(names), key=lambda name: (safe(name) != name, name)):  # a name that is safe stays as it is
+        folder, number = safe(name), 1
+        while folder in taken:
+            number += 1
+            folder = f"{safe(name)}-{number}"
+        taken.add(folder)
+        found[name] = folder
+    return found
+
+
 def export(store: Store, folder: Path, table: pa.Table, target: Path) -> int:
-    """Write the images, as they were learned from, into `target`/CLASS/, with labels.csv for review.
+    """Write the images, as they were learned from, into `target`, a folder for each class, with labels.csv for review.
 
     Raises:
-        UserError: the folder exists and holds files.
+        UserError: the folder exists and holds files, or images of `table` are gone from the recipe's data.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; give a new folder")
     recipe = _recipe(folder)
-    data = open_data(recipe.data, store.root / "data", seed=recipe.seed)
+    data = open_data(recipe.data, store.root / "data", seed=_seed(store, folder, table, recipe.seed))
     place = {key: (images, row) for images in data.splits.values() for row, key in enumerate(images.ids.tolist())}
+    gone = [row for row in table.select(["id", "path"]).to_pylist() if row["id"] not in place]
+    if gone:
+        raise UserError(f"{len(gone):,} of {len(table):,} images are no longer in the data of run {folder.name}, such "
+                        f"as {gone[0]['path']}: put the files back; nothing was exported")  # fmt: skip
+    folders = _folders(table["name"].to_pylist())
     target.mkdir(parents=True, exist_ok=True)
     with (target / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "round", "id", "class", "confidence", "margin", "reason", "path", "corrected"])
         for row in table.to_pylist():
             images, number = place[row["id"]]
-            name = f"{row['name']}/{row['confidence']:.3f}-{row['id'][:12]}.png"
-            (target / name).parent.mkdir(exist_ok=True)
+            name = f"{folders[row['name']]}/{row['confidence']:.3f}-{row['id'][:12]}.png"
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             encode = encode_png(images.batch(torch.tensor([number]))[0])
             (target / name).write_bytes(encode.numpy().tobytes())
             writer.writerow([name, row["round"], row["id"], row["name"], f"{row['confidence']:.4f}",

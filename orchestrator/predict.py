@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from methods.base import is_classifier
 from orchestrator.artifacts import Checkpoint, Decision
 from orchestrator.data.decode import BadImage, open_rgb, square
+from orchestrator.data.sources import printable, walk
 from orchestrator.errors import UserError, nearest
 from orchestrator.runs import read_head
 from orchestrator.store import Store
@@ -28,6 +30,7 @@ def final_model(store: Store, folder: Path, stage: str | None = None) -> Checkpo
     stages = {s["name"]: s for s in head["stages"]}
     if stage is None and head.get("verdict"):
         key = head["verdict"]["scores"]["final"]["key"]
+        name = next((name for name, s in stages.items() if s["key"] == key), "of the verdict")
     else:
         finished = [name for name, s in stages.items() if s["kind"] in ("Train", "Gate") and store.has(s["key"])]
         if stage is None and not finished:
@@ -44,39 +47,37 @@ def final_model(store: Store, folder: Path, stage: str | None = None) -> Checkpo
     if isinstance(artifact, Decision):
         artifact = store.open_artifact(artifact.facts["promoted"])
     if not isinstance(artifact, Checkpoint) or not artifact.classes or not is_classifier(artifact.build()):
-        raise UserError(f"stage {stage}: is no classifier; name a supervised or student stage")
+        raise UserError(f"stage {name}: is no classifier; name a supervised or student stage with --stage")
     return artifact
 
 
 def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str | None = None) -> list[dict[str, Any]]:
     """A row for each image: path, class, confidence, probabilities by class; or path and error.
 
+    A folder holds the images that it would hold as a source of a recipe; what else is in it is told on stderr.
+
     Raises:
-        UserError: a path does not exist, or no path holds a file.
+        UserError: a path does not exist, or a folder holds no image.
     """
     checkpoint = final_model(store, folder, stage)
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such file or folder")
-    files = [
-        file
-        for path in paths
-        for file in (sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
-    ]
-    if not files:
-        raise UserError(f"{paths[0]}: holds no files")
+    files = [file for path in paths for file in (_images_below(path) if path.is_dir() else [(path, None)])]
     logits: Any = checkpoint.build().logits  # a classifier's; other methods have none
     classes, pixels = checkpoint.classes, checkpoint.model["pixels"]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(files), CHUNK):
         good, images = [], []
-        for file in files[start : start + CHUNK]:
+        for file, reason in files[start : start + CHUNK]:
             try:
+                if reason is not None:
+                    raise BadImage(reason)
                 images.append(torch.from_numpy(square(open_rgb(file.read_bytes(), shrink_to=pixels), pixels)))
                 good.append(len(rows))
-                rows.append({"path": str(file)})
+                rows.append({"path": printable(str(file))})
             except (BadImage, OSError) as error:
-                rows.append({"path": str(file), "error": str(error)})
+                rows.append({"path": printable(str(file)), "error": str(error)})
         if images:
             with torch.inference_mode():
                 probability = logits(torch.stack(images).float() / 255).softmax(dim=1)
@@ -88,3 +89,14 @@ def predict_files(store: Store, folder: Path, paths: Sequence[Path], stage: str 
                     "probabilities": dict(zip(classes, p, strict=True)),
                 }
     return rows
+
+
+def _images_below(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """(image file, why it cannot be read or None). Raises UserError when there is none."""
+    found, name = walk(str(folder)), printable(str(folder))
+    if not found.paths:
+        raise UserError(f"{name}: holds no images, but {found.others}; give image files or a folder of them")
+    for line in found.notices(name):
+        print(line, file=sys.stderr)
+    for path in found.paths:
+        yield folder / path, found.dangling.get(path)

@@ -190,6 +190,8 @@ def check_places(recipe: Recipe, store: str | None) -> None:
         UserError: a relative path of images on this machine, a relative store.
     """
     for name, split in recipe.data.splits.items():
+        if split.source in recipe.data.splits and split.source != name:
+            continue  # drawn from another split, whatever lies here under that name
         if not split.source.startswith(("/", "~")) and Path(split.source).exists():
             raise UserError(f"data.{name}: {split.source} lies on this machine; give a path that every node of the "
                             "cluster sees")  # fmt: skip

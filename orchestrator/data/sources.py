@@ -22,6 +22,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -215,8 +217,11 @@ def row_name(files: Sequence[tuple[str, int]], row: int, inside: bytes | None) -
 
 
 @dataclass
-class _Walk:
-    """What a folder holds: image files in sorted order, relative to the root, and what was passed over and why."""
+class Walk:
+    """What a folder holds: image files in sorted order, relative to the root, and what was passed over and why.
+
+    `dangling`: of those that cannot be looked at, the reason.
+    """
 
     paths: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -225,9 +230,25 @@ class _Walk:
     skipped: Counter[str] = field(default_factory=Counter)
     example: dict[str, str] = field(default_factory=dict)
 
+    def add(self, path: str, about: os.stat_result) -> None:
+        self.paths.append(path)
+        self.sizes.append(about.st_size)
+        self.mtimes.append(about.st_mtime_ns)
+
+    def add_bad(self, path: str, reason: str) -> None:
+        self.paths.append(path)
+        self.sizes.append(-1)
+        self.mtimes.append(-1)
+        self.dangling[path] = reason
+
     def skip(self, why: str, path: str) -> None:
         self.skipped[why] += 1
         self.example.setdefault(why, path)
+
+    @property
+    def others(self) -> str:
+        """What was passed over, in words."""
+        return "; ".join(f"{count:,} {why}" for why, count in sorted(self.skipped.items())) or "nothing at all"
 
     def notices(self, source: str) -> list[str]:
         return [
@@ -253,9 +274,17 @@ def _looks_like_image(name: str, path: str) -> bool:
     return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def _walk(root: str) -> _Walk:
+def _unseen(found: Walk, path: str, is_link: bool, error: OSError) -> None:
+    """Count what cannot be looked at: as a bad image, unless its ending says that it is none."""
+    if os.path.splitext(path)[1].lower() not in IMAGE_ENDINGS | {""}:
+        found.skip("other files that cannot be read", path)
+    else:
+        found.add_bad(path, f"{'link to nothing' if is_link else 'cannot be read'}: {error.strerror}")
+
+
+def walk(root: str) -> Walk:
     """Every image file below `root`: links are followed, a link back into one of its own parents is not."""
-    found = _Walk()
+    found = Walk()
 
     def visit(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
         try:
@@ -272,19 +301,12 @@ def _walk(root: str) -> _Walk:
                 found.skip("hidden or system files and folders", path)
                 continue
             try:
-                is_folder, stat = entry.is_dir(), entry.stat()
+                is_folder, about = entry.is_dir(), entry.stat()
             except OSError as error:
-                if os.path.splitext(name)[1].lower() not in IMAGE_ENDINGS | {""}:
-                    found.skip("other files that cannot be read", path)
-                    continue
-                found.paths.append(path)
-                found.sizes.append(-1)
-                found.mtimes.append(-1)
-                broken = "link to nothing" if entry.is_symlink() else "cannot be read"
-                found.dangling[path] = f"{broken}: {error.strerror}"
+                _unseen(found, path, entry.is_symlink(), error)
                 continue
             if is_folder:
-                here = (stat.st_dev, stat.st_ino)
+                here = (about.st_dev, about.st_ino)
                 if here in above:
                     found.skip("links back to a folder above them", path)
                 else:
@@ -292,24 +314,21 @@ def _walk(root: str) -> _Walk:
             elif not entry.is_file() or not _looks_like_image(name, entry.path):
                 found.skip(f"{os.path.splitext(name)[1].lower() or 'other'} files", path)
             else:
-                found.paths.append(path)
-                found.sizes.append(stat.st_size)
-                found.mtimes.append(stat.st_mtime_ns)
+                found.add(path, about)
 
-    stat = os.stat(root)
-    visit(root, "", frozenset([(stat.st_dev, stat.st_ino)]))
+    top = os.stat(root)
+    visit(root, "", frozenset([(top.st_dev, top.st_ino)]))
     return found
 
 
 def _directory(source: str, path: str, separator: str | None) -> Listing:
     if shards := _only_split(source, Place.of(path)):
         return _parquet(source, Place.of(path), shards, separator)
-    found = _walk(path)
+    found = walk(path)
     if not found.paths:
-        other = "; ".join(f"{count:,} {why}" for why, count in sorted(found.skipped.items())) or "nothing at all"
         raise UserError(
             f"{source}: no images; looked for files such as .jpg and .png in it and its subfolders, and for .parquet "
-            f"files in it; found {other}"
+            f"files in it; found {found.others}"
         )
     top = [path.partition("/")[0] if "/" in path else None for path in found.paths]
     label, classes = encode([None if name is None else printable(name) for name in top])
@@ -330,23 +349,32 @@ def _directory(source: str, path: str, separator: str | None) -> Listing:
 
 
 def _glob(source: str, pattern: str, separator: str | None = None) -> Listing:
-    paths = sorted(glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path) and not _is_junk(os.path.basename(path))]
-    shards = [path for path in paths if path.endswith(".parquet")]
-    if shards and len(shards) == len(paths):
-        place = Place.of(shards[0])
-        return _parquet(source, place, [os.path.abspath(path) for path in shards], separator)
-    images = [path for path in paths if _looks_like_image(os.path.basename(path), path)]
-    if not images:
-        raise UserError(f"{source}: the pattern matches {len(paths):,} files, none of them an image or .parquet file")
-    found = _Walk()
-    for path in images:
-        stat = os.stat(path)
-        found.paths.append(os.path.abspath(path))
-        found.sizes.append(stat.st_size)
-        found.mtimes.append(stat.st_mtime_ns)
-    notices = [] if len(images) == len(paths) else [f"{source}: skipped {len(paths) - len(images):,} other files"]
-    label, classes = encode([None] * len(images))
+    found, shards = Walk(), []
+    matched = 0
+    for path in map(os.path.abspath, sorted(glob.glob(pattern, recursive=True))):
+        if _is_junk(os.path.basename(path)):
+            continue
+        about: os.stat_result | OSError
+        try:
+            about = os.stat(path)
+        except OSError as error:  # a link to nothing: said of a pattern as of a folder
+            about = error
+        if not isinstance(about, OSError) and not stat.S_ISREG(about.st_mode):
+            continue
+        matched += 1
+        if path.endswith(".parquet"):
+            shards.append(path)
+        if isinstance(about, OSError):
+            _unseen(found, path, os.path.islink(path), about)
+        elif _looks_like_image(os.path.basename(path), path):
+            found.add(path, about)
+    if shards and len(shards) == matched:
+        return _parquet(source, Place.of(shards[0]), shards, separator)
+    if not found.paths:
+        raise UserError(f"{source}: the pattern matches {matched:,} files, none of them an image or .parquet file")
+    other = matched - len(found.paths)
+    notices = [f"{source}: skipped {other:,} other files"] if other else []
+    label, classes = encode([None] * len(found.paths))
     return _of_files(source, "list of files", "/", found, label, classes, notices, None)
 
 
@@ -354,7 +382,7 @@ def _of_files(
     source: str,
     kind: str,
     root: str,
-    found: _Walk,
+    found: Walk,
     label: pa.DictionaryArray | pa.ListArray,
     classes: tuple[str, ...],
     notices: list[str],
@@ -401,23 +429,27 @@ def _file(source: str, path: str, separator: str | None) -> Listing:
         place = Place.of(path)
         return _parquet(source, place, [place.path], separator)
     if name.endswith(MANIFEST_ENDINGS):
-        return _manifest(source, path, *_read_manifest(source, path), separator)
+        column, paths, labels = _read_manifest(source, path)
+        return _manifest(source, path, column, paths, labels, separator)
     if _looks_like_image(name, path):
         return _glob(source, glob.escape(path))
     raise UserError(f"{source}: neither an image, nor .parquet, nor a list of paths ({', '.join(MANIFEST_ENDINGS)})")
 
 
-def _read_manifest(source: str, path: str) -> tuple[list[str], pa.Array | None]:
-    """The paths of a CSV, TSV or plain list, and its label column where it has one."""
+def _read_manifest(source: str, path: str) -> tuple[str, list[str | None], pa.Array | None]:
+    """Of a CSV, TSV or plain list: what its column of paths is called, the paths, and its labels where it has any."""
     data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not data.strip():
         raise UserError(f"{source}: the file is empty; it needs one image path a line, or the columns path,label")
-    first = data.lstrip().splitlines()[0].decode("utf-8", "replace")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{source}: is UTF-16 text; save it as UTF-8")
+    data = re.sub(rb"\A\s*[\r\n]", b"", data) + b"\n"  # no more than empty lines: a tab may end an empty first cell
+    first = data.splitlines()[0].decode("utf-8", "replace").strip(" ")
     folder = os.path.dirname(path)
     whole = os.path.exists(os.path.join(folder, first)) or os.path.splitext(first)[1].lower() in IMAGE_ENDINGS
     if path.lower().endswith(".txt") and whole:
         lines = data.decode("utf-8", "surrogateescape").splitlines()  # paths with commas or spaces survive
-        return [line.strip() for line in lines if line.strip()], None
+        return "path", [line.strip() for line in lines if line.strip()], None
     delimiter = "\t" if path.lower().endswith(".tsv") or ("\t" in first and "," not in first) else ","
     cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter))]
     lower = [cell.lower() for cell in cells]
@@ -437,27 +469,43 @@ def _read_manifest(source: str, path: str) -> tuple[list[str], pa.Array | None]:
         )
     except pa.ArrowInvalid as error:
         raise UserError(f"{source}: not a table of {len(names)} columns: {error}") from error
+    column, label = _columns(source, names)
+    return column, table[column].to_pylist(), _flat(table[label]) if label else None
+
+
+def _columns(source: str, names: Sequence[str]) -> tuple[str, str | None]:
+    """The columns of paths and of labels of a table that has the former."""
     column = next(name for name in _PATH_COLUMNS if name in names)
-    label = next((_flat(table[name]) for name in _LABEL_COLUMNS if name in names and name != column), None)
-    paths = table[column]
-    if paths.null_count:
-        raise UserError(f"{source}: {paths.null_count:,} rows have an empty {column}; every row needs one")
-    return paths.to_pylist(), label
+    label = next((name for name in _LABEL_COLUMNS if name in names and name != column), None)
+    for name in (column, label):
+        if name is not None and names.count(name) > 1:
+            raise UserError(f"{source}: has {names.count(name)} columns named {name}; rename or remove all but one")
+    return column, label
 
 
-def _manifest(source: str, path: str, paths: Sequence[str], labels: pa.Array | None, separator: str | None) -> Listing:
-    root, found = os.path.dirname(os.path.abspath(path)), _Walk()
-    for relative in paths:
-        found.paths.append(relative)
+def _manifest(
+    source: str,
+    path: str,
+    column: str,
+    paths: Sequence[str | None],
+    labels: pa.Array | None,
+    separator: str | None,
+) -> Listing:
+    if not paths:
+        raise UserError(f"{source}: has a column {column} and no rows; it needs one image path a row")
+    empty = sum(not relative for relative in paths)
+    if empty:
+        raise UserError(f"{source}: {empty:,} rows have an empty {column}; every row needs one")
+    root, found = os.path.dirname(os.path.abspath(path)), Walk()
+    for row, relative in enumerate(paths):
+        assert relative is not None
+        if "\0" in relative:
+            raise UserError(f"{source}: the {column} of row {row} holds a zero byte, which no file's name can; "
+                            "save it as UTF-8 text and check that row")  # fmt: skip
         try:
-            stat = os.stat(os.path.join(root, relative))
+            found.add(relative, os.stat(os.path.join(root, relative)))
         except OSError as error:
-            found.dangling[relative] = f"listed in {os.path.basename(path)}: {error.strerror}"
-            found.sizes.append(-1)
-            found.mtimes.append(-1)
-        else:
-            found.sizes.append(stat.st_size)
-            found.mtimes.append(stat.st_mtime_ns)
+            found.add_bad(relative, f"listed in {os.path.basename(path)}: {error.strerror}")
     said = unlabelled(len(paths)) if labels is None else read_labels(source, labels, None, separator)
     return _of_files(source, "manifest", root, found, said.label, said.classes, list(said.notices), said.problem)
 
@@ -526,7 +574,7 @@ def _parquet(source: str, place: Place, files: Sequence[str], separator: str | N
                 data, inside = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
                 if data is not None:
                     yield data
-                elif inside and root is not None:
+                elif inside and root is not None and "\0" not in inside:
                     yield os.path.join(root, inside)
                 else:
                     yield BadImage(f"the row holds no image, only the name {inside}" if inside else _EMPTY)
@@ -605,16 +653,20 @@ def _parquet_manifest(
     source: str, place: Place, files: Sequence[str], schema: pa.Schema, separator: str | None
 ) -> Listing:
     names = schema.names
-    column = next((name for name in _PATH_COLUMNS if name in names), None)
-    if column is None or len(files) > 1 or place.remote:
+    if not set(names).intersection(_PATH_COLUMNS) or len(files) > 1 or place.remote:
         raise UserError(
             f"{source}: columns {', '.join(names)}: needs an image column (struct of bytes and path, or binary), or, "
             "in a single local file, a column named path"
         )
-    label_column = next((name for name in _LABEL_COLUMNS if name in names and name != column), None)
-    table = pq.read_table(files[0], columns=[column] + ([label_column] if label_column else []))
-    labels = _flat(table[label_column]) if label_column else None
-    return _manifest(source, files[0], table[column].cast(pa.string()).to_pylist(), labels, separator)
+    column, label = _columns(source, names)
+    table = pq.read_table(files[0], columns=[column] + ([label] if label else []))
+    labels = _flat(table[label]) if label else None
+    try:
+        paths = table[column].cast(pa.string()).to_pylist()
+    except pa.ArrowException as error:
+        kind = table[column].type
+        raise UserError(f"{source}: column {column} is of type {kind}; paths as text are needed") from error
+    return _manifest(source, files[0], column, paths, labels, separator)
 
 
 def _hugging_face_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

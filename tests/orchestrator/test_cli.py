@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.recipe import load, shipped
+from orchestrator.cli import _load
+from orchestrator.recipe import load, parse, shipped
 from orchestrator.run import execute, prepare
 from tests.conftest import SMALL
 
@@ -275,6 +276,35 @@ def test_predict_names_the_class_of_every_image_and_the_reason_where_there_is_no
     assert code == 0 and out.count("\n") == 24
 
 
+def test_predict_takes_from_a_folder_the_images_that_a_recipe_would(orchestrator, world, tmp_path):
+    folder = tmp_path / "folder"
+    picture(folder / "a.png", 1)
+    picture(tmp_path / "far" / "b.png", 2)
+    (folder / "far").symlink_to(tmp_path / "far")
+    (folder / "c.png").symlink_to(tmp_path / "gone.png")
+    for junk in (".DS_Store", "._1.png", "Thumbs.db", "notes.txt"):
+        (folder / junk).write_bytes(b"x")
+    code, out, err = orchestrator("predict", "latest", folder, "--store", world.store, "--json")
+    first, bad, linked = rows = strict(out)
+    assert [row["path"] for row in rows] == [str(folder / name) for name in ("a.png", "c.png", "far/b.png")]
+    assert code == 1 and "link to nothing" in bad["error"] and first["class"] in CLASSES and linked["class"] in CLASSES
+    assert "skipped 1 .txt files (such as notes.txt)" in err and "skipped 3 hidden or system files" in err
+    (folder / "c.png").unlink()
+    assert orchestrator("predict", "latest", folder, "--store", world.store)[0] == 0
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").write_text("x")
+    message = mistake(orchestrator, "predict", "latest", tmp_path / "none", "--store", world.store)
+    assert str(tmp_path / "none") in message and "holds no images, but 1 .txt files" in message
+
+
+def test_a_run_that_ends_in_pretraining_has_no_classifier_and_the_stage_is_named(orchestrator, tmp_path):
+    brief = SMALL[: SMALL.index("  probe:")]
+    execute(prepare(parse(brief), tmp_path / "store", label="brief"), use_ray=False)
+    picture(tmp_path / "one.png", 1)
+    message = mistake(orchestrator, "predict", "latest", tmp_path / "one.png", "--store", tmp_path / "store")
+    assert message.startswith("stage pretrain: is no classifier") and "--stage" in message
+
+
 def test_every_awkward_file_is_an_answer_or_a_reason(orchestrator, world, data_folder):
     folder = data_folder / "awkward"
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
@@ -298,6 +328,20 @@ def test_awkward_files_among_the_unlabelled_are_quarantined_and_counted(orchestr
     code, out, _ = orchestrator("plan", *arguments, "data.max_bad_share=0.5", "--json")
     assert code == 0
     assert {Path(bad["path"]).name for bad in strict(out)["data"]["quarantine"]} == broken
+
+
+AWKWARD_PATHS = [
+    "/tmp/p😀", "/tmp/it's \"quoted\"", "C:\\data\\new", "a: b #c", "[list", "{a: b", "*alias", "null", "007", "- x",
+    " spaces ", "line\nfeed", "\x7f\x85\u2028", "e\u0301 ﬁ", os.fsdecode(b"caf\xe9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", AWKWARD_PATHS)
+def test_any_path_arrives_in_the_recipe_as_it_was_typed(path):
+    recipe = _load("noisy-student", None, path, "/unlabelled", f"{path}/test")
+    again = parse(recipe.text)
+    for found in (recipe, again):
+        assert (found.data.splits["labelled"].source, found.data.splits["test"].source) == (path, f"{path}/test")
 
 
 # ---- mistakes

@@ -17,6 +17,7 @@ from methods.views.draws import Draws
 from orchestrator import ledger
 from orchestrator.artifacts import Checkpoint, Decision, Labels
 from orchestrator.corrections import Corrections, read
+from orchestrator.data.splits import open_data
 from orchestrator.errors import UserError
 from orchestrator.recipe import load, parse
 from orchestrator.run import execute, prepare
@@ -311,6 +312,74 @@ def test_a_path_that_yaml_would_read_otherwise_is_quoted(written):
     assert recipe.node("students.1.pseudo").stage.corrections == str(path)
 
 
+# ---- images to review
+
+
+def exported(orchestrator, store, target, *arguments):
+    """The rows of labels.csv, each of an image that is there."""
+    ask(orchestrator, store, "--export", target, *arguments)
+    with (target / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all((target / row["file"]).resolve().is_relative_to(target.resolve()) for row in rows)
+    assert {target / row["file"] for row in rows} == set(target.rglob("*.png"))
+    return rows
+
+
+def shown(store, names, ids, seed=0):
+    """Make the last stored round of a seed's ledger one of these images, with a class each."""
+    head = read_head(store.root / "runs" / "written-1")
+    table = table_of("c" * len(names))
+    columns = {name: table[name] for name in table.column_names}
+    columns |= {"id": ids, "name": names, "round": [1] * len(names)}
+    key = f"{seed}5" * 16
+    stages = [{**s, "key": key} if (s["seed"], s["round"]) == (seed, 1) else s for s in head["stages"]]
+    store.commit(key, Labels.write(store.output(key), [columns], {}), {})
+    update_head(store.root / "runs" / "written-1", stages=stages, classes=list(dict.fromkeys(names)))
+
+
+AWKWARD_CLASSES = [
+    ("T-shirt/top", "T-shirt_top-2"), ("T-shirt_top", "T-shirt_top"), ("T-shirt\\top", "T-shirt_top-3"),
+    ("/m/01g317", "_m_01g317"), ("../../esc", ".._.._esc"), ("..", "_.."), (".", "_."), ("labels.csv", "labels.csv-2"),
+    ("a\0b", "a_b"), ("größe", "größe"), ("ö" * 200, "ö" * 100),
+]  # fmt: skip
+
+
+def test_a_class_of_any_name_has_a_folder_of_its_own_in_the_export_and_comes_back(orchestrator, written, tmp_path):
+    names = [name for name, _ in AWKWARD_CLASSES]
+    ids = open_data(parse(RECIPE).data, tmp_path / "data", seed=0).splits["unlabelled"].ids.tolist()[: len(names)]
+    shown(written, names, ids)
+    target = tmp_path / "deep" / "review"
+    rows = exported(orchestrator, written, target)
+    assert [row["class"] for row in rows] == names
+    assert [(row["class"], row["file"].rpartition("/")[0]) for row in rows] == AWKWARD_CLASSES
+    for row, answer in zip(rows, names[1:], strict=False):
+        row["corrected"] = answer
+    with (target / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = ask(orchestrator, written, "--corrections", target / "labels.csv")
+    kept = read({"kept": Path(found["file"]).read_bytes()}, names)[0]
+    assert kept.rows == {(1, key): name for key, name in zip(ids, names[1:], strict=False)}
+
+
+def test_images_of_a_later_seed_are_exported_from_what_that_seed_drew(orchestrator, written, tmp_path):
+    recipe = RECIPE.replace("labels: false}", "labels: false, count: 40}")
+    (written.root / "runs" / "written-1" / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    for seed in (0, 1):
+        data = open_data(parse(recipe).data, tmp_path / "data", seed=seed)
+        ids = data.splits["unlabelled"].ids.tolist()
+        shown(written, ["cat"] * len(ids), ids, seed)
+        rows = exported(orchestrator, written, tmp_path / f"{seed}", "--stage", f"seed-{seed}/students.pseudo")
+        assert [row["id"] for row in rows] == ids
+
+
+def test_images_that_are_gone_are_counted_and_nothing_is_exported(orchestrator, written, tmp_path):
+    message = refuse(orchestrator, written, "--export", tmp_path / "review")
+    assert "5 of 5 images are no longer in the data of run written-1, such as 0.png" in message
+    assert not (tmp_path / "review").exists()
+
+
 # ---- what the stage does with them
 
 
@@ -425,6 +494,24 @@ def test_the_guard_too_keeps_the_corrected_and_leaves_out_the_dropped(label):
     labels, rows, _ = label((0, C, "?"), (0, key_of("d"), "fox"), min_confidence=0.99, min_kept=2, adapt_share=0.5)
     assert "only 1 of 5 images reach min_confidence 0.99 (the most confident has 1.00)" in labels.facts["guard"]
     assert [row["copies"] for row in rows] == [1, 1, 0, 1, 0]
+
+
+CATS = [[0.9, 0.1, 0.0]] * 90 + [[0.0, 0.9, 0.1]] * 3 + [[0.0, 0.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(("balance", "copies"), [("none", (12, 3, 2)), ("limit", (12, 3, 2)), ("replicate", (12,) * 3)])
+def test_the_guard_keeps_no_more_of_one_class_than_its_limit(label, balance, copies):
+    labels, rows, said = label(said=CATS, balance=balance, max_class_share=0.706, per_class=90)
+    assert "one class holds 95% of the kept images, more than 71%: kept only the most confident of it" in said[0]
+    assert tuple(sum(row["copies"] for row in rows if row["class"] == k) for k in range(3)) == copies
+    assert max(labels.facts["kept_by_class"]) / labels.facts["kept"] <= 0.706
+
+
+def test_the_guard_looks_below_the_threshold_where_one_class_alone_is_above_it(label):
+    said = CATS[:90] + [[0.3, 0.4, 0.3]] * 10 + [[0.3, 0.3, 0.4]] * 10
+    labels, _, (told, *_) = label(said=said, balance="replicate", max_class_share=0.5)
+    assert "took the most confident 20% of every predicted class instead" in told
+    assert labels.facts["kept_by_class"] == [4, 2, 2] and labels.facts["copies"] == 8
 
 
 def test_dropping_every_image_leaves_a_ledger_that_keeps_none(label):

@@ -32,7 +32,7 @@ from orchestrator.cluster.submit import (
     working_directory,
 )
 from orchestrator.errors import UserError
-from orchestrator.recipe import parse
+from orchestrator.recipe import load, parse
 from tests.conftest import SMALL
 from tests.orchestrator.ray_nodes import DEADLINE, TOKEN, Nodes, eventually
 from tests.orchestrator.test_faults import run_unbroken
@@ -167,6 +167,14 @@ class TestBeforeAnythingIsSent:
         (tmp_path / "photos").mkdir()
         with pytest.raises(UserError, match=r"data\.unlabelled: photos lies on this machine; give a path that every"):
             check_places(parse(small, overrides=["data.unlabelled.from=photos"]), None)
+
+    def test_a_folder_that_is_called_like_a_split_is_not_taken_for_it(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "labelled").mkdir()
+        given = ["data.labelled=/mnt/shared/labelled", "data.unlabelled=/mnt/shared/unlabelled"]
+        check_places(load("noisy-student", given), None)
+        with pytest.raises(UserError, match=r"data\.labelled: labelled lies on this machine"):
+            check_places(load("noisy-student", ["data.labelled=labelled", given[1]]), None)
 
     def test_a_relative_store_is_refused(self, small):
         with pytest.raises(UserError, match=r"--store orchestrator-store: must be an absolute path"):

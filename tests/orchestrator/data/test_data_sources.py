@@ -167,6 +167,22 @@ def test_glob_lists_image_files_without_labels(tmp_path):
         listed(f"{tmp_path}/*.jpg")
 
 
+def test_dangling_link_is_a_bad_image_of_a_glob_as_of_a_folder(tmp_path):
+    write(tmp_path / "a.png", 0)
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "gone.txt")
+    folder = contents(listed(tmp_path))
+    for pattern, notices in (("*.png", 0), ("*", 1)):
+        listing = listed(f"{tmp_path}/{pattern}")
+        assert contents(listing)[1] == folder[1] == "link to nothing: No such file or directory"
+        assert len(listing) == 2 and len(listing.notices) == notices
+    hugging_face(tmp_path / "data" / "b.parquet", [0], None)
+    (tmp_path / "data" / "c.parquet").symlink_to(tmp_path / "gone.parquet")
+    for source in (f"{tmp_path}/data/*.parquet", f"{tmp_path}/data"):
+        with pytest.raises(UserError, match="c.parquet: cannot be read as Parquet"):
+            listed(source)
+
+
 # ---- manifests
 
 
@@ -181,6 +197,9 @@ def test_glob_lists_image_files_without_labels(tmp_path):
         ("a.tsv", "label\tpath\ncat\t0.png\ndog\t1.png\n\t2.png\n", ["cat", "dog", None]),
         ("a.txt", "0.png\n1.png\n\n2.png\n", [None] * 3),
         ("a.txt", "path,label\n0.png,cat\n1.png,cat\n2.png,dog\n", ["cat", "cat", "dog"]),
+        ("a.csv", "\r\n  \r\npath,label\r\n0.png,cat\r\n1.png,cat\r\n2.png,dog", ["cat", "cat", "dog"]),
+        ("a.tsv", "\n\tpath\tlabel\n0\t0.png\tcat\n1\t1.png\tcat\n2\t2.png\tdog\n", ["cat", "cat", "dog"]),
+        ("a.csv", "path,label,,\n0.png,cat,,\n1.png,,,\n2.png,dog,,\n", ["cat", None, "dog"]),
     ],
 )
 def test_manifest_gives_paths_beside_it_and_labels(tmp_path, name, text, labels):
@@ -226,6 +245,12 @@ def test_manifest_may_be_parquet(tmp_path):
         ("name,size\nx,3\n", "columns name, size: none is named path"),
         ("path,label\n0.png,cat\n,dog\n", "1 rows have an empty path"),
         ("path,label\n0.png,cat,extra\n", "not a table of 2 columns"),
+        ("path,label,label\n0.png,cat,dog\n", "has 2 columns named label; rename or remove all but one"),
+        ("path,Label,label\n0.png,cat,dog\n", "has 2 columns named label"),
+        ("path,Path\n0.png,0.png\n", "has 2 columns named path"),
+        ("path,label", "has a column path and no rows"),
+        ("\npath,label\n\n", "has a column path and no rows"),
+        ("path,label\n0.png,cat\n1\0.png,cat\n", "the path of row 1 holds a zero byte"),
     ],
 )
 def test_broken_manifest_is_refused_in_one_line(tmp_path, text, message):
@@ -233,6 +258,38 @@ def test_broken_manifest_is_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
         listed(tmp_path / "a.csv")
     assert message in str(caught.value)
+    assert str(tmp_path / "a.csv") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"0.png\n1\0.png\n", "a.txt: the path of row 1 holds a zero byte"),
+        ("0.png\n".encode("utf-16"), "a.txt: is UTF-16 text; save it as UTF-8"),
+    ],
+)
+def test_plain_list_that_names_no_files_is_refused(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"path": pa.array([], pa.string())}, "has a column path and no rows"),
+        ({"file": ["0.png", None, ""]}, "2 rows have an empty file; every row needs one"),
+        ({"path": ["0.png", "1\0.png"]}, "the path of row 1 holds a zero byte"),
+        ({"path": [["0.png"]]}, "column path is of type list"),
+        ({"path": ["0.png"], "label": ["cat"], "also": ["dog"]}, "has 2 columns named label"),
+    ],
+)
+def test_broken_parquet_of_paths_is_refused_in_one_line(tmp_path, columns, message):
+    table = pa.table(columns)
+    pq.write_table(table.rename_columns([name.replace("also", "label") for name in columns]), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as caught:
+        listed(tmp_path / "a.parquet")
+    assert message in str(caught.value) and str(tmp_path / "a.parquet") in str(caught.value)
 
 
 # ---- Parquet
@@ -325,11 +382,12 @@ def test_binary_column_and_labels_with_gaps_as_pandas_writes_them(tmp_path):
 def test_row_may_name_a_file_instead_of_holding_bytes(tmp_path):
     write(tmp_path / "x" / "a.png", 3)
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": None, "path": "x/a.png"}, {"bytes": None, "path": None}]
+    rows = [{"bytes": None, "path": path} for path in ("x/a.png", None, "x\0.png")]
     pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
     found = contents(listed(tmp_path / "a.parquet"))
     assert np.array_equal(found[0], pixels(3))
     assert found[1] == "the row holds no image"
+    assert "only the name" in found[2]
 
 
 def test_file_that_is_no_parquet_is_named(tmp_path):
