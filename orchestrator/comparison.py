@@ -137,12 +137,18 @@ def finding(difference: float, needed: float) -> Literal["better", "worse", "not
 
 
 def short_names(stages: Iterable[str]) -> dict[str, str]:
-    """Stage name to the name of its arm: arms.rotation.probe is rotation, unless another group has a rotation too."""
+    """Stage name to the name of its arm: arms.rotation.probe is rotation, unless another group has a rotation too.
+
+    Of two stages of one arm each keeps its whole name: no two scores may go by one name, or they would look like seeds.
+    """
     stages = list(dict.fromkeys(stages))
     whole = {stage: stage.rpartition(".")[0] or stage for stage in stages}
     last = {stage: name.rpartition(".")[2] for stage, name in whole.items()}
-    often = Counter(last.values())
-    return {stage: last[stage] if often[last[stage]] == 1 else whole[stage] for stage in stages}
+    often, alike = Counter(last.values()), Counter(whole.values())
+    return {
+        stage: last[stage] if often[last[stage]] == 1 else whole[stage] if alike[whole[stage]] == 1 else stage
+        for stage in stages
+    }
 
 
 def combine(seeds: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]]) -> Comparison:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from orchestrator.stage import Stage, answer_of, inputs_of
 TOP = ("name", "description", "seed", "seeds", "data", "stages", "resources")
 ROUNDS = ("rounds", "carry", "ladder", "gate", "stages")
 ARMS = ("each", "only", "stages")
+NAME_LENGTH = 100
+NAME_BYTES = 200  # a run's folder is called by the recipe's name and a little more; file systems end names at 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
         name = str(key.value)
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
         if name in seen and key.tag != "tag:yaml.org,2002:merge":
             raise yaml.constructor.ConstructorError(None, None, f"{name} is written twice", key.start_mark)
         seen.add(name)
@@ -139,7 +145,7 @@ def parse(text: str, *, label: str = "recipe", overrides: Iterable[str] = ()) ->
     """Check a recipe's YAML text. Raises UserError with every problem found, each on its line."""
     try:
         raw = yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that no calendar has
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{label}{where}: not YAML: {getattr(error, 'problem', error)}") from error
@@ -147,8 +153,10 @@ def parse(text: str, *, label: str = "recipe", overrides: Iterable[str] = ()) ->
         raise UserError(f"{label}: must be a mapping with name, data and stages")
     problems: list[tuple[str, str]] = []
     raw = _unshared(raw)
+    _numbers_to_text(raw)
     for override in overrides:
         _override(raw, override, problems)
+        _numbers_to_text(raw)
     recipe = _build(raw, problems)
     if problems or recipe is None:
         raise report(label, problems)
@@ -187,7 +195,7 @@ def _override(raw: dict[str, Any], text: str, problems: list[tuple[str, str]]) -
         place = here
     try:
         place[last] = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         problems.append((path, f"{value!r} is not YAML; quote it"))
 
 
@@ -212,26 +220,95 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
+def _text(name: Any) -> Any:
+    """A whole number that stands for a name, as text; anything else as it is."""
+    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
+
+
+def _numbers_to_text(raw: dict[str, Any]) -> None:
+    """Names that are whole numbers become text, wherever they stand: `each: {50: {}, 100: {}}` is a sweep like any."""
+
+    def renamed(value: Any) -> Any:
+        return {_text(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+    if not isinstance(raw.get("stages"), dict):
+        return
+    raw["stages"] = renamed(raw["stages"])
+    for value in raw["stages"].values():
+        if not isinstance(value, dict):
+            continue
+        for part in _named_parts(value):
+            value[part] = renamed(value[part])
+        if "each" in value and isinstance(value.get("only"), list):
+            value["only"] = [_text(arm) for arm in value["only"]]
+        if isinstance(value.get("claims"), list):
+            value["claims"] = [[_text(a) for a in c] if isinstance(c, list) else c for c in value["claims"]]
+
+
+def _named_parts(group: Mapping[str, Any]) -> list[str]:
+    """The fields of arms or rounds whose keys are names; of a plain stage none."""
+    return [part for part in ("each", "stages") if part in group] if "each" in group or "rounds" in group else []
+
+
+def _check_names(stages: Mapping[Any, Any], problems: list[tuple[str, str]]) -> None:
+    """Names of stages, groups and arms are joined by dots and stand in paths, so they have neither dots nor slashes."""
+    places = {"stages": stages}
+    for name, value in stages.items():
+        if isinstance(value, dict):
+            places |= {f"stages.{name}.{part}": value[part] for part in _named_parts(value)}
+    for place, names in places.items():
+        for name in names if isinstance(names, dict) else ():
+            told = f"{name}" if isinstance(name, str) and name.isprintable() and name.strip() else f"{name!r}"
+            if isinstance(name, float) or (isinstance(name, str) and re.search(r"[./]", name)):
+                other = re.sub(r"[./]+", "_", str(name)).strip("_") or "a"
+                other = other if other[0].isalpha() else f"v{other}"
+                problems.append((place, f"{told}: a name has no `.` and no `/`, they divide names; call it {other}"))
+            elif not isinstance(name, str):
+                problems.append((place, f"{name}: is no text to YAML, as yes, no, on, off, null and dates are none; "
+                                 "put the name in quotes"))  # fmt: skip
+            elif not name.strip() or not name.isprintable():
+                problems.append((place, f"{told}: a name must be plain text, such as lr0_1"))
+
+
+def _check_recipe_name(name: Any, problems: list[tuple[str, str]]) -> None:
+    """It begins the name of the run's folder, so it must be neither a path nor longer than a file's name may be."""
+    if not isinstance(name, str):
+        problems.append(("name", f"{name!r}: must be text; put it in quotes"))
+        return
+    allowed = [c.isalnum() or c in " ._-" or unicodedata.category(c)[0] == "M" for c in name]  # M: vowels, accents
+    if not name or not all(allowed) or not name[0].isalnum():
+        fit = "".join(c if good else "-" for c, good in zip(name, allowed, strict=True)).strip(" ._-") or "my-recipe"
+        fit = fit if fit[0].isalnum() else f"a{fit}"
+        problems.append(("name", f"{name!r}: must be letters, digits, spaces, `.`, `_` and `-`, a letter or digit "
+                         f"first, such as {fit[:NAME_LENGTH]}"))  # fmt: skip
+    elif len(name) > NAME_LENGTH or len(name.encode()) > NAME_BYTES:
+        problems.append(("name", f"{name[:20]}...: has {len(name)} characters, {len(name.encode())} bytes; must be at "
+                         f"most {NAME_LENGTH} characters and {NAME_BYTES} bytes; shorten it"))  # fmt: skip
+
+
 def _build(raw: dict[str, Any], problems: list[tuple[str, str]]) -> Recipe | None:
     for key in raw:
         if key not in TOP:
             problems.append((str(key), f"unknown{nearest(str(key), TOP) or '; a recipe has ' + ', '.join(TOP)}"))
+    _check_recipe_name(raw.get("name", "recipe"), problems)
     data = _data(raw.get("data"), problems)
     resources = _validated(Resources, raw.get("resources") or {}, "resources", problems)
     for key, least in (("seed", 0), ("seeds", 1)):
         value = raw.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append((key, f"{value!r}: must be an integer of at least {least}"))
-    splits = tuple((raw.get("data") or {}).keys()) if isinstance(raw.get("data"), dict) else ()
+    splits = tuple(map(str, raw["data"])) if isinstance(raw.get("data"), dict) else ()
     laid, rounds, arms = _lay_out(raw.get("stages"), problems)
     nodes = [_node(entry, arms, problems) for entry in laid]
     built = [node for node in nodes if node is not None]
     broken = {entry.name for entry, node in zip(laid, nodes, strict=True) if node is None}
+    if isinstance(raw.get("stages"), dict):  # groups that were refused as a whole: told once, not by every reader
+        broken |= {str(name) for name in raw["stages"]} - {entry.name.partition(".")[0] for entry in laid}
     _check_wires(built, broken, data.splits if data else dict.fromkeys(splits), rounds, problems)
     if problems or data is None or resources is None:
         return None
     text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-    return Recipe(str(raw.get("name", "recipe")), str(raw.get("description", "")).strip(), raw.get("seed", 0),
+    return Recipe(raw.get("name", "recipe"), str(raw.get("description", "")).strip(), raw.get("seed", 0),
                   raw.get("seeds", 1), data, resources, tuple(built), rounds, text)  # fmt: skip
 
 
@@ -272,17 +349,33 @@ def _data(raw: Any, problems: list[tuple[str, str]]) -> DataConfig | None:
             continue
         wrong: list[tuple[str, str]] = []
         built = _validated(Split, value, f"data.{name}", wrong)
-        problems += [(path, message.replace("Split has source,", "a split has from,")) for path, message in wrong]
+        problems += [
+            (re.sub(r"\.source$", ".from", path),
+             re.sub(r"^source = ", "from = ", message.replace("Split has source,", "a split has from,")))
+            for path, message in wrong
+        ]  # fmt: skip
         if built is not None:
             splits[str(name)] = built
     for name, split in splits.items():
         for other in split.without:
-            if other not in raw:
+            if other not in {str(known) for known in raw}:
                 problems.append((f"data.{name}.without", f"{other} is no split{nearest(other, splits)}"))
+    known, wrong = len(problems) > before, []
     config = _validated(
-        DataConfig, {**{name: raw[name] for name in options if name in raw}, "splits": splits}, "data", problems
+        DataConfig, {**{name: raw[name] for name in options if name in raw}, "splits": splits}, "data", wrong
     )
+    for path, message in wrong:
+        if not message.startswith("splits"):
+            problems.append((path, message))
+        elif not known:  # else it may be about a split that was told already
+            problems.append(_of_split(message))
     return config if len(problems) == before else None
+
+
+def _of_split(message: str) -> tuple[str, str]:
+    """What DataConfig says of `splits`, which a recipe writes as fields of `data`."""
+    found = re.match(r"splits\.(.+?\.\w+) = (.*)", message, re.DOTALL)
+    return (f"data.{found[1]}", found[2]) if found else ("data", message.removeprefix("splits = ").removeprefix("{}: "))
 
 
 @dataclass(frozen=True)
@@ -304,16 +397,16 @@ def _lay_out(
     if not isinstance(raw, dict) or not raw:
         problems.append(("stages", "missing: a recipe needs at least one stage"))
         return entries, rounds, arms
+    _check_names(raw, problems)
     for name, value in raw.items():
         if not isinstance(value, dict):
             problems.append(
                 (f"stages.{name}", f"{value!r}: must be a mapping with `use:`, with `rounds:` or with `each:`")
             )
         elif "each" in value:
-            found = _arms(str(name), value, problems)
+            found, dropped = _arms(str(name), value, problems)
             entries += found
-            if found:
-                _forget(raw, str(name), {str(arm) for arm in value["each"]} - {e.name.split(".")[1] for e in found})
+            _forget(raw, str(name), dropped)
             for stage in value["stages"] if found else ():
                 arms[f"{name}.{stage}"] = tuple(e.name for e in found if e.name.endswith(f".{stage}"))
         elif "rounds" in value:
@@ -326,8 +419,8 @@ def _lay_out(
     return entries, rounds, arms
 
 
-def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> list[_Entry]:
-    """The stages of every arm of a comparison: the same ones, with each arm's overrides."""
+def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> tuple[list[_Entry], set[str]]:
+    """The stages of every arm of a comparison, the same ones with each arm's overrides, and the arms left out."""
     where, before = f"stages.{name}", len(problems)
     for key in raw:
         if key not in ARMS:
@@ -341,16 +434,20 @@ def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> li
     if only is not None and not (isinstance(only, list) and only and isinstance(each, dict)):
         problems.append((f"{where}.only", f"{only!r}: must be a list of arms, such as [rotation, simclr]"))
     if len(problems) > before:
-        return []
-    for arm in only or ():
-        if arm not in each:
-            problems.append(
-                (f"{where}.only", f"{arm} is no arm{nearest(str(arm), each) or '; arms are ' + ', '.join(each)}")
-            )
+        return [], set()
+    arms = {str(arm): overrides for arm, overrides in each.items()}
+    asked = [str(arm) for arm in only or arms]
+    for arm in asked:
+        if arm not in arms:
+            hint = nearest(arm, arms) or f"; arms are {', '.join(arms)}"
+            problems.append((f"{where}.only", f"{arm} is no arm{hint}"))
+    dropped = {arm for arm, overrides in arms.items() if overrides is None or arm not in asked}
+    if len(problems) == before and len(dropped) == len(arms):
+        problems.append((f"{where}.each", "no arm is left; null leaves an arm out, {} runs the stages as they are"))
     entries: list[_Entry] = []
     assert isinstance(stages, dict)
-    for arm, overrides in each.items():
-        if overrides is None or (only and arm not in only):
+    for arm, overrides in arms.items():
+        if arm in dropped:
             continue
         own = _overridden(stages, overrides, f"{where}.each.{arm}", problems)
         known = {stage: f"{name}.{arm}.{stage}" for stage in own}
@@ -358,20 +455,22 @@ def _arms(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> li
             if isinstance(value, dict) and isinstance(value.get("inputs"), dict):
                 value["inputs"] = {k: _rewire(v, known) for k, v in value["inputs"].items()}
             entries.append(_Entry(known[stage], f"{where}.each.{arm}.{stage}", value))
-    return entries
+    return entries, dropped
 
 
 def _forget(stages: dict[str, Any], group: str, dropped: set[str]) -> None:
     """Take the arms that nobody asked for out of the inputs and the claims of later stages."""
+    names = dropped | {f"{group}.{arm}" for arm in dropped}  # as claims say them, if two groups have such an arm
     for value in stages.values():
         if not isinstance(value, dict) or not dropped:
             continue
-        if isinstance(value.get("claims"), list):
-            value["claims"] = [
-                c for c in value["claims"] if not (isinstance(c, list) and dropped & {str(arm) for arm in c})
-            ]  # fmt: skip
         inputs = value.get("inputs")
         if isinstance(inputs, dict):
+            read = [t for target in inputs.values() for t in (target if isinstance(target, list) else [target])]
+            if isinstance(value.get("claims"), list) and any(str(t).startswith(f"{group}.") for t in read):
+                value["claims"] = [
+                    c for c in value["claims"] if not (isinstance(c, list) and names & {str(arm) for arm in c})
+                ]  # fmt: skip
             for name, target in inputs.items():
                 gone = isinstance(target, str) and any(target.startswith(f"{group}.{arm}.") for arm in dropped)
                 inputs[name] = None if gone else target
@@ -434,11 +533,14 @@ def _group(where: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
         )
     if not isinstance(gate, dict):
         problems.append((f"{where}.gate", f"{gate!r}: must be a mapping"))
+    for alias, stage in carry.items() if isinstance(carry, dict) else ():
+        if not isinstance(_text(stage), str):
+            problems.append((f"{where}.carry.{alias}", f"{stage!r}: must be the name of a stage"))
     if len(problems) > before:
         return None
-    aliases = {alias: stage for alias, stage in carry.items() if alias != "first"}
+    aliases = {str(alias): str(stage) for alias, stage in carry.items() if alias != "first"}
     for alias, stage in aliases.items():
-        if stage not in stages:
+        if stage not in map(str, stages):
             problems.append((f"{where}.carry.{alias}", f"{stage} is no stage of a round{nearest(stage, stages)}"))
     return _Group(count, str(carry["first"]), aliases, ladder, gate, stages) if len(problems) == before else None
 
@@ -478,7 +580,7 @@ def _rounds(name: str, raw: dict[str, Any], problems: list[tuple[str, str]]) -> 
 def _rewire(target: Any, known: Mapping[str, str]) -> Any:
     if isinstance(target, list):
         return [_rewire(item, known) for item in target]
-    return known.get(target, target)
+    return known.get(_text(target), target) if isinstance(_text(target), str) else target
 
 
 def _node(entry: _Entry, arms: Mapping[str, tuple[str, ...]], problems: list[tuple[str, str]]) -> Node | None:
@@ -504,10 +606,14 @@ def _node(entry: _Entry, arms: Mapping[str, tuple[str, ...]], problems: list[tup
             problems.append((f"{entry.where}.inputs.{name}",
                              f"unknown{nearest(name, wanted)} {cls.__name__} reads {', '.join(wanted)}"))  # fmt: skip
         elif target is not None:
-            targets = [str(t) for t in target] if isinstance(target, list) else [str(target)]
-            inputs[name] = tuple(place for t in targets for place in arms.get(t, (t,)))
+            targets = [_text(t) for t in target] if isinstance(target, list) else [_text(target)]
+            if targets and all(isinstance(t, str) for t in targets):
+                inputs[name] = tuple(place for t in targets for place in arms.get(t, (t,)))
+            else:
+                problems.append((f"{entry.where}.inputs.{name}",
+                                 f"{target!r}: must be the name of a split or stage, or a list of names"))  # fmt: skip
     for name, known in wanted.items():
-        if name not in inputs and not known.optional:
+        if given.get(name) is None and not known.optional:
             problems.append((f"{entry.where}.inputs.{name}", f"missing: {cls.__name__} needs {known.name}"))
     if stage is None or len(problems) > before:
         return None
@@ -527,7 +633,7 @@ def _check_wires(
                 kind = _kind(target, answers, splits, rounds)
                 path = f"{place}.inputs.{name}"
                 if kind is None:
-                    if target not in broken and target not in rounds:
+                    if not broken & {target, target.partition(".")[0]} and target not in rounds:
                         later = target in {n.name for n in nodes}
                         names = [*splits, *answers, *rounds]
                         hint = nearest(target, names) or f"; known are {', '.join(names)}"

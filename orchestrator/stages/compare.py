@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,10 @@ class Compare(Stage):
 
     def problems(self, wiring: Wiring) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
-        arms = set(short_names(wiring.targets["scores"]).values())
+        targets = wiring.targets["scores"]
+        found += [("inputs.scores", f"{t} is listed {n} times; once is enough") for t, n in Counter(targets).items()
+                  if n > 1]  # fmt: skip
+        arms = list(short_names(targets).values())
         for better, worse in self.claims:
             for arm in (better, worse):
                 if arm not in arms:
@@ -40,6 +45,18 @@ class Compare(Stage):
                 found.append(("protocol", f"{self.protocol}: {target} does not score by it, but by "
                               f"{', '.join(protocols)}"))  # fmt: skip
         return found
+
+    @staticmethod
+    def same(keys: Mapping[str, str]) -> list[tuple[str, str]]:
+        """What is wrong where arms ask the same question: told as several, they would be one with more seeds.
+
+        Args:
+            keys: of the stages in `scores`, by name.
+        """
+        arms = short_names(keys)
+        alike = [[arms[name] for name in keys if keys[name] == key] for key in dict.fromkeys(keys.values())]
+        return [("inputs.scores", f"{', '.join(some)} and {last} are the same training: change one or leave it out")
+                for *some, last in alike if some]  # fmt: skip
 
     def run(
         self, context: Context, *, scores: tuple[Scores, ...], random: Scores | None = None,

@@ -14,6 +14,7 @@ from orchestrator.errors import UserError
 from orchestrator.recipe import load, parse
 from orchestrator.report.html import write_report
 from orchestrator.run import execute, prepare
+from orchestrator.stages.compare import Compare
 from orchestrator.store import Store
 
 pytestmark = pytest.mark.usefixtures("untracked")
@@ -99,6 +100,11 @@ class TestRule:
         }  # fmt: skip
         assert set(short_names(["a.x.probe", "b.x.probe"]).values()) == {"a.x", "b.x"}
 
+    def test_two_scores_of_one_arm_are_two_and_not_one_with_more_seeds(self):
+        assert short_names(["a.x.probe", "a.x.last", "a.y.probe"]) == {
+            "a.x.probe": "a.x.probe", "a.x.last": "a.x.last", "a.y.probe": "y",
+        }  # fmt: skip
+
     def test_seeds_are_joined_by_the_names_of_arms_and_not_by_keys(self):
         score = {"protocol": "knn", "metric": "accuracy", "low": 0.0, "high": 1.0, "n": 9}
         seeds = [
@@ -156,6 +162,11 @@ class TestLayout:
             ("stages.arms.each={}", "must map the name of each arm"),
             ("stages.arms.eech=1", "did you mean each"),
             ("stages.arms.each.random={pretrain.steps: -1}", "stages.arms.each.random.pretrain"),
+            ("stages.arms.each.simclr={1: 2}", "1 leads nowhere in stages"),
+            ("stages.arms.only=[[]]", "[] is no arm; arms are random, supervised, simclr"),
+            ("stages.arms.only=[null]", "None is no arm; arms are random, supervised, simclr"),
+            ("stages.arms.each={simclr: null}", "1 error, nothing was run\n  stages.arms.each  no arm is left"),
+            ("stages.comparison.inputs.scores=[]", "inputs.scores  []: must be the name of a split or stage"),
         ],
     )
     def test_a_mistake_in_arms_names_its_place(self, override, expected):
@@ -166,11 +177,96 @@ class TestLayout:
         [
             ("stages.comparison.claims=[[simclar, random]]", "did you mean simclr"),
             ("stages.comparison.protocol=linear", "does not score by it, but by knn, layers"),
+            ("stages.comparison.inputs.scores=[arms.probe, arms.simclr.probe]", "arms.simclr.probe is listed 2 times"),
         ],
     )
     def test_a_claim_or_protocol_that_no_arm_has_is_told_before_anything_runs(self, override, expected, tmp_path):
         with pytest.raises(UserError, match=expected):
             prepare(parse(ARMS, overrides=[override]), tmp_path / "store", label="arms")
+
+
+NUMBERED = "50: {}\n      100: {pretrain.steps: 5}"
+SWEEP = ARMS.replace("simclr: {}", NUMBERED).replace("[supervised, simclr]", "[50, 100]")
+
+
+class TestNames:
+    @pytest.mark.parametrize(("name", "other"), [
+        ("lr0.1", "lr0_1"), ("0.1", "v0_1"), ("'0.1'", "v0_1"), ("a/b", "a_b"), ("../up", "up"), ("-0.5", "v-0_5"),
+        ("1.0e-5", "v1e-05"), ("..", "a"),
+    ])  # fmt: skip
+    def test_an_arm_whose_name_would_divide_is_refused_with_one_that_does_not(self, name, other):
+        with pytest.raises(UserError) as caught:
+            parse(ARMS.replace("      simclr: {}", f"      simclr: {{}}\n      {name}: {{pretrain.steps: 2}}"))
+        first, line = str(caught.value).splitlines()
+        assert "1 error" in first and line.startswith("  stages.arms.each  ") and line.endswith(f"; call it {other}")
+
+    @pytest.mark.parametrize("name", ["on", "null", "2024-01-01", '""', '"a\\tb"'])
+    def test_an_arm_whose_name_is_no_plain_text_is_refused(self, name):
+        with pytest.raises(UserError, match=r"1 error.*\n  stages\.arms\.each  .*(in quotes|plain text)"):
+            parse(ARMS.replace("      simclr: {}", f"      simclr: {{}}\n      {name}: {{pretrain.steps: 2}}"))
+
+    def test_arms_of_a_sweep_may_be_numbers(self):
+        recipe = parse(SWEEP, overrides=["stages.arms.each.50.pretrain.method.temperature=0.2"])
+        assert recipe.node("comparison").inputs["scores"][2:] == ("arms.50.probe", "arms.100.probe")
+        assert recipe.node("comparison").stage.claims == (("50", "100"),)
+        assert recipe.node("arms.100.pretrain").stage.steps == 5
+        assert recipe.node("arms.50.pretrain").stage.method.config.temperature == 0.2
+        assert parse(recipe.text).nodes == recipe.nodes
+
+    @pytest.mark.parametrize("only", ["[50, random]", "['50', random]"])
+    def test_numbered_arms_can_be_chosen(self, only):
+        recipe = parse(SWEEP, overrides=[f"stages.arms.only={only}"])
+        assert {node.name.split(".")[1] for node in recipe.nodes if "." in node.name} == {"50", "random"}
+        assert recipe.node("comparison").stage.claims == ()
+
+    @pytest.mark.parametrize("only", ["[51]", "['51']"])
+    def test_a_number_that_is_no_arm_is_refused(self, only):
+        told = r"1 error.*\n  stages.arms.only  51 is no arm; arms are random, supervised, 50, 100"
+        with pytest.raises(UserError, match=told):
+            parse(SWEEP, overrides=[f"stages.arms.only={only}"])
+
+    def test_a_misspelt_claim_is_refused_though_arms_are_left_out(self, tmp_path):
+        claims = "stages.comparison.claims=[[simclar, random], [supervised, random]]"
+        recipe = parse(ARMS, overrides=["stages.arms.only=[random, simclr]", claims])
+        assert recipe.node("comparison").stage.claims == (("simclar", "random"),)
+        with pytest.raises(UserError, match="simclar is no arm; did you mean simclr?"):
+            prepare(recipe, tmp_path / "store", label="arms")
+
+    def test_arms_left_out_of_one_group_keep_the_claims_about_another(self):
+        second = ARMS[ARMS.index("    each:") : ARMS.index("  comparison:")]
+        third = ARMS[ARMS.index("    use: orchestrator.stages.compare") :].replace("arms.", "more.")
+        few = ["stages.arms.only=[random, supervised]"]
+        recipe = parse(f"{ARMS}  more:\n{second}  further:\n{third}", overrides=few)
+        assert recipe.node("comparison").stage.claims == ()
+        assert recipe.node("further").stage.claims == (("supervised", "simclr"),)
+
+
+class TestTwins:
+    @pytest.mark.parametrize(
+        ("twin", "told"),
+        [
+            ("{}", "simclr and twin are the same training: change one or leave it out"),
+            ("{pretrain.steps: 3}", "simclr and twin are the same training"),
+            ("{pretrain.method: {use: methods.simclr.SimCLR, flip: false, temperature: 0.5}}", "simclr and twin are"),
+            ("{pretrain.steps: 0}", "random and twin are the same training"),
+        ],
+    )
+    def test_arms_that_are_the_same_training_are_refused_before_anything_runs(self, twin, told, tmp_path):
+        recipe = parse(ARMS, overrides=[f"stages.arms.each.twin={twin}"])
+        with pytest.raises(UserError) as caught:
+            prepare(recipe, tmp_path / "store", label="arms")
+        first, line = str(caught.value).splitlines()
+        assert "1 error" in first and line.startswith("  stages.comparison.inputs.scores  ") and told in line
+
+    def test_arms_that_differ_anywhere_are_planned(self, tmp_path):
+        recipe = parse(ARMS, overrides=["stages.arms.each.twin={pretrain.steps: 4}"])
+        assert len(prepare(recipe, tmp_path / "store", label="arms").plans[0].stages) == 9
+
+    def test_three_of_a_kind_are_one_line(self):
+        keys = {"g.a.probe": "1", "g.b.probe": "2", "g.c.probe": "1", "g.d.probe": "1"}
+        assert [message for _, message in Compare.same(keys)] == [
+            "a, c and d are the same training: change one or leave it out"
+        ]
 
 
 def test_a_comparison_over_two_seeds_is_told_shown_and_stored(tmp_path):

@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from orchestrator.artifacts import Checkpoint
 from orchestrator.context import Context, Interrupted
 from orchestrator.errors import UserError
 from orchestrator.plan import why
-from orchestrator.recipe import parse
+from orchestrator.recipe import load, parse, shipped
 from orchestrator.records import read_records
 from orchestrator.run import execute, prepare
 from orchestrator.runs import read_outcomes
@@ -350,3 +351,20 @@ def test_a_checkpoint_builds_the_model_it_was_saved_from(first):
     state = checkpoint.state()
     assert not method.training and all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
     assert checkpoint.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if "imagenet" in name else name for name in sorted(shipped())
+])  # fmt: skip
+def test_every_shipped_recipe_can_be_planned(tmp_path, name):
+    overrides = ["data.pixels=32"]
+    splits = {split: source for split, source in yaml.safe_load(shipped()[name])["data"].items() if split != "pixels"}
+    for split, source in splits.items():
+        images = "digits/test" if split == "test" else "digits/train"
+        if isinstance(source, dict) and source["from"] not in splits:
+            few = {"per_class": 2, "count": "null"}
+            overrides += [f"data.{split}.from={images}", *(f"data.{split}.{k}={few[k]}" for k in few if k in source)]
+        elif source is None or isinstance(source, str):
+            how = {"labelled": ", per_class: 20", "unlabelled": ", labels: false"}.get(split, "")
+            overrides.append(f"data.{split}={{from: {images}{how}}}")
+    assert prepare(load(name, overrides), tmp_path, label=name).plans[0].stages
