@@ -106,13 +106,14 @@ def make_plan(recipe: Recipe, data: Data, seed: int, label: str) -> Plan:
     """
     problems: list[tuple[str, str]] = []
     planned: dict[str, Planned] = {}
-    generations: dict[str, int] = {}  # of students in the line of each stage's inputs, itself among them
+    generations: dict[str, int] = {}  # of trainings in the line of each stage's inputs; -1 where nothing was trained
     for node in recipe.nodes:
         taught = isinstance(node.stage, Train) and not node.inputs.keys().isdisjoint({"labels", "teacher"})
         fresh = taught and "init" not in node.inputs
         above = [recipe.rounds[target].gates[-1] if target in recipe.rounds else target
                  for targets in node.inputs.values() for target in targets]  # fmt: skip
-        generations[node.name] = max((generations.get(name, 0) for name in above), default=0) + fresh
+        generation = max((generations.get(name, -1) for name in above), default=-1) + fresh
+        generations[node.name] = max(generation, 0) if isinstance(node.stage, Train) else generation
         wiring = _wiring(node, recipe, data, planned)
         empty = [target for targets in node.inputs.values() for target in targets
                  if target in data.splits and len(data.splits[target]) == 0]  # fmt: skip
