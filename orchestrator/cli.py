@@ -517,7 +517,7 @@ def labels(
             if as_json else ledger.difference_lines(found, book.title(number), other)
         )  # fmt: skip
     elif export is not None:
-        count = ledger.export(opened, folder, table, export)
+        count = ledger.export(opened, folder, book.labels(number), table, export)
         _say(
             {"round": number, "images": count, "folder": str(export)}
             if as_json else [f"{count} images of {book.title(number)} in {export}, with labels.csv"]

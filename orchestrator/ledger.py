@@ -279,17 +279,6 @@ def _recipe(folder: Path) -> Recipe:
     return parse((folder / "recipe.yaml").read_text(encoding="utf-8"), label=f"{folder.name}/recipe.yaml")
 
 
-def _seed(store: Store, folder: Path, table: pa.Table, first: int) -> int:
-    """The seed of a stage that labelled all of these images, since each seed draws others; `first` where none is
-    recorded. An id is of what an image shows, so any stage that has them all gives the same pictures."""
-    for stage in read_head(folder)["stages"]:
-        if stage["kind"] == "PseudoLabel" and store.has(stage["key"]):
-            labels = store.open_artifact(stage["key"])
-            if isinstance(labels, Labels) and (_places(labels.table(["id"]), table) >= 0).all():
-                return stage.get("seed", first)
-    return first
-
-
 def _folders(names: Iterable[str]) -> dict[str, str]:
     """Class name to a folder's name, for each another: the class itself, unless no folder can be called so or it would
     lie elsewhere, such as T-shirt/top."""
@@ -310,8 +299,8 @@ def _folders(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def export(store: Store, folder: Path, table: pa.Table, target: Path) -> int:
-    """Write the images, as they were learned from, into `target`, a folder for each class, with labels.csv for review.
+def export(store: Store, folder: Path, labels: Labels, table: pa.Table, target: Path) -> int:
+    """Write images of `labels`, the rows of `table`, into `target`, a folder a class, with labels.csv for review.
 
     Raises:
         UserError: the folder exists and holds files, or images of `table` are gone from the recipe's data.
@@ -319,7 +308,8 @@ def export(store: Store, folder: Path, table: pa.Table, target: Path) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists and is not empty; give a new folder")
     recipe = _recipe(folder)
-    data = open_data(recipe.data, store.root / "data", seed=_seed(store, folder, table, recipe.seed))
+    seed = next(s["seed"] for s in read_head(folder)["stages"] if s["key"] == labels.key)  # each draws its own
+    data = open_data(recipe.data, store.root / "data", seed=seed)
     place = {key: (images, row) for images in data.splits.values() for row, key in enumerate(images.ids.tolist())}
     gone = [row for row in table.select(["id", "path"]).to_pylist() if row["id"] not in place]
     if gone:
